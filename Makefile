@@ -1,0 +1,37 @@
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= out
+BIN = $(VENV)/bin
+
+.PHONY: run test notebooks lint gpu clean
+
+run: $(VENV)/run.stamp  ## train, evaluate and report a small model on the CPU, offline
+	@mkdir -p $(OUT)
+	@$(BIN)/python tools/nb_convert.py run nanochat_speedrun -p preset cpu -p base_dir "$(abspath $(OUT))/base" -o $(OUT)/nanochat_speedrun.ipynb
+	@echo "Executed notebook: $(OUT)/nanochat_speedrun.ipynb · report and plots: $(OUT)/base/report/report.md"
+
+test: $(VENV)/test.stamp  ## everything that must hold
+	$(MAKE) --no-print-directory lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/python tools/nb_convert.py check
+
+notebooks: $(VENV)/run.stamp  ## nb_src -> notebooks
+	$(BIN)/python tools/nb_convert.py build
+
+gpu: $(VENV)/test.stamp  ## the tests that need CUDA
+	$(BIN)/python -m pytest -m gpu
+
+$(VENV)/run.stamp: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/run.stamp requirements-test.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(OUT)

@@ -1,0 +1,190 @@
+# %% [markdown]
+# ## Attention
+#
+# Every token looks back at the tokens before it: all of them in a full layer, the nearest `left` in a sliding-window
+# layer. Libraries differ in how fast they do this and agree on what they compute, so the model talks to two functions
+# with FlashAttention's signature and does not know who answers.
+#
+# The implementation here is PyTorch's own. Two facts shape it. A boolean T×T mask throws most of the work away after
+# doing it, so a window is computed as a band of blocks instead. And on a CPU two batched products with a softmax between them,
+# compiled together, beat the built-in kernel several times over at training lengths.
+
+# %%
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from nanochat.runtime import UserError
+
+# %% [markdown]
+# ### `band_mask`
+# The one definition of "may look at": query i sees key j when `i - left <= j <= i`, so `left` tokens and itself.
+
+
+# %%
+def band_mask(q_positions: torch.Tensor, k_positions: torch.Tensor, left: int) -> torch.Tensor:
+    """(Tq, Tk) bool, True where query and key may meet. left < 0 means no limit. Spec section 1.3."""
+    distance = q_positions[:, None] - k_positions[None, :]
+    return (distance >= 0) if left < 0 else (distance >= 0) & (distance <= left)
+
+
+# %% [markdown]
+# ### `blocked_attention`
+# The CPU's way. Queries are taken in blocks; each block multiplies only the keys that some query in it can see, which
+# skips the upper triangle of a causal layer and everything left of a window. Scores stay in the compute dtype, the softmax is fp32.
+
+# %%
+CPU_QUERY_BLOCK = 128  # 64 loses to call overhead, 256 computes more of the masked triangle
+
+
+def blocked_attention(q, k, v, left: int):  # (B, H, T, D) each
+    """Causal attention over equal lengths, (B, H, T, D). left < 0 means no limit."""
+    B, H, T, D = q.shape
+    q, k, v = ((q * D**-0.5).reshape(B * H, T, D), k.reshape(B * H, T, D), v.reshape(B * H, T, D))
+    positions = torch.arange(T, device=q.device)
+    rows = []
+    for start in range(0, T, CPU_QUERY_BLOCK):
+        stop = min(start + CPU_QUERY_BLOCK, T)
+        first = 0 if left < 0 else max(0, start - left)
+        scores = torch.bmm(q[:, start:stop], k[:, first:stop].transpose(1, 2)).float()
+        hidden = ~band_mask(positions[start:stop], positions[first:stop], left)
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        rows.append(torch.bmm(weights.to(v.dtype), v[:, first:stop]))
+    return torch.cat(rows, 1).view(B, H, T, D)
+
+
+# %% [markdown]
+# ### `banded_sdpa`
+# The GPU's way for windows. Cut the sequence into blocks as long as the window: each block then needs only itself and the one before, so
+# memory and time grow with T·left instead of T².
+
+
+# %%
+def banded_sdpa(q, k, v, left: int):  # q (B, H, T, D), k and v (B, H_kv, T, D)
+    """Sliding-window causal attention through SDPA over pairs of neighbouring blocks, (B, H, T, D). Needs 0 < left < T."""
+    B, H, T, D = q.shape
+    blocks = -(-T // left)
+    padding = blocks * left - T
+
+    def cut(x, extra):  # (B, h, T, D) -> (B * blocks, h, left [+ left], D)
+        x = F.pad(x, (0, 0, left if extra else 0, padding))
+        x = x.unfold(2, 2 * left if extra else left, left)  # (B, h, blocks, D, length)
+        return x.permute(0, 2, 1, 4, 3).reshape(B * blocks, x.size(1), -1, D)
+
+    q_positions = torch.arange(blocks * left, device=q.device).view(blocks, left, 1)
+    k_positions = torch.arange(-left, blocks * left, device=q.device).unfold(0, 2 * left, left)[:, None, :]
+    distance = q_positions - k_positions
+    mask = (distance >= 0) & (distance <= left) & (k_positions >= 0)  # (blocks, left, 2 left)
+    mask = mask.repeat(B, 1, 1)[:, None]
+    y = F.scaled_dot_product_attention(
+        cut(q, False), cut(k, True), cut(v, True), attn_mask=mask, enable_gqa=H != k.size(1)
+    )
+    return y.view(B, blocks, H, left, D).transpose(1, 2).reshape(B, H, blocks * left, D)[:, :, :T]
+
+
+# %% [markdown]
+# ### `sdpa_attention` and `sdpa_with_kvcache`
+# The two entry points of this implementation: a whole sequence when training, a few new tokens against a cache when generating.
+
+
+# %%
+def sdpa_attention(q, k, v, window_size: tuple[int, int]):  # q (B, T, H, D), k and v (B, T, H_kv, D)
+    """Causal attention of a sequence with itself, (B, T, H, D)."""
+    left, T, gqa = window_size[0], q.size(1), q.size(2) != k.size(2)
+    left = -1 if left >= T - 1 else left  # a window that nothing can fall out of
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if q.device.type == "cpu":
+        if gqa:
+            k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
+        y = blocked_attention(q, k, v, left)
+    elif left > 0:
+        y = banded_sdpa(q, k, v, left)
+    else:  # everything, or (left == 0) only the token itself
+        mask = torch.eye(T, dtype=torch.bool, device=q.device) if left == 0 else None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+    return y.transpose(1, 2)
+
+
+def sdpa_with_kvcache(q, k_cache, v_cache, k, v, position: int, window_size: tuple[int, int]):
+    """Attention of T_new queries with the cache, into which k and v (if given) are first written. (B, T_new, H, D).
+
+    q (B, T_new, H, D); caches (B, T_max, H_kv, D); k, v (B, T_new, H_kv, D) or None.
+    """
+    T_new, left = q.size(1), window_size[0]
+    end = position + T_new
+    if k is not None:
+        k_cache[:, position:end] = k
+        v_cache[:, position:end] = v
+    first = 0 if left < 0 else max(0, position - left)  # nothing older is visible to any of the queries
+    keys, values = k_cache[:, first:end], v_cache[:, first:end]
+    mask = None
+    if T_new > 1:
+        positions = torch.arange(first, end, device=q.device)
+        mask = band_mask(positions[-T_new:], positions, left)
+    q, keys, values = (x.transpose(1, 2) for x in (q, keys, values))
+    y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=q.size(1) != keys.size(1))
+    return y.transpose(1, 2)
+
+
+# %% [markdown]
+# ### `flash_attn`
+# The public surface, and the place where a faster kernel signs in. A backend is two functions with the signatures above and a test
+# for whether it can run here; nothing is ever replaced silently.
+
+
+# %%
+@dataclass(frozen=True)
+class AttentionBackend:
+    """One implementation: `train(q, k, v, window_size)`, `cached(q, k_cache, v_cache, k, v, position, window_size)`."""
+
+    name: str
+    train: Callable
+    cached: Callable
+    available: Callable[[str, torch.dtype], bool]  # (device type, compute dtype) -> can it run here
+
+
+class FlashAttention:
+    """FlashAttention's two functions over whichever backend is selected. Spec section 1."""
+
+    def __init__(self, *backends: AttentionBackend):
+        self.backends = {backend.name: backend for backend in backends}  # in order of preference
+        self.selected = backends[-1]
+
+    def register(self, backend: AttentionBackend) -> None:
+        """Add a backend, preferred over those that are there."""
+        self.backends = {backend.name: backend, **self.backends}
+
+    def select(self, device_type: str, dtype: torch.dtype, name: str = "auto") -> str:
+        """Use the backend `name`, or with "auto" the first that can run here; returns its name."""
+        if name not in ("auto", *self.backends):
+            raise UserError(f"attention is {name!r}; it can be auto, {', '.join(self.backends)}.")
+        candidates = list(self.backends.values()) if name == "auto" else [self.backends[name]]
+        for backend in candidates:
+            if backend.available(device_type, dtype):
+                self.selected = backend
+                return backend.name
+        raise UserError(f"attention {name} cannot run on {device_type} in {dtype}. Set attention to auto.")
+
+    def flash_attn_func(self, q, k, v, causal=False, window_size=(-1, -1)):
+        """Attention of a sequence with itself, (B, T, H, D). q (B, T, H, D); k, v (B, T, H_kv, D)."""
+        if not causal:
+            raise ValueError("this model only ever looks back: call with causal=True")
+        return self.selected.train(q, k, v, window_size)
+
+    def flash_attn_with_kvcache(
+        self, q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, causal=False, window_size=(-1, -1)
+    ):
+        """Attention of new queries with a cache, (B, T_new, H, D); k and v are written into it in place.
+
+        k_cache, v_cache (B, T_max, H_kv, D); cache_seqlens (B,) int32 with one position for the whole batch. Without
+        new k and v the queries are the last T_new positions that the cache holds. Does not advance cache_seqlens.
+        """
+        if not causal:
+            raise ValueError("this model only ever looks back: call with causal=True")
+        position = int(cache_seqlens[0]) - (q.size(1) if k is None else 0)
+        return self.selected.cached(q, k_cache, v_cache, k, v, position, window_size)
+
+
+flash_attn = FlashAttention(AttentionBackend("sdpa", sdpa_attention, sdpa_with_kvcache, lambda device, dtype: True))

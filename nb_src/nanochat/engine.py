@@ -1,0 +1,326 @@
+# %% [markdown]
+# ## The engine
+#
+# To write the next token a model needs the keys and values of every token before it. `GPT.generate` recomputes them
+# all, each time; the engine keeps them. The prompt is read once, its cache is shared out to as many samples as one
+# wants, and from then on each step costs one token.
+#
+# Between the steps runs a small state machine: when the model writes an expression between two special tokens, the
+# answer of a real calculator is put into its mouth.
+
+# %%
+import math
+import re
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+
+from nanochat.runtime import UserError
+
+# %% [markdown]
+# ### The calculator
+# Two things a language model is bad at and is allowed to ask for: arithmetic, and counting letters, written as Python
+# writes them. The text comes from the model, so it may be anything. It is parsed by a grammar of a few lines instead
+# of being run: there is nothing to escape from, no timer to set, and the work is bounded by the length of the text.
+
+# %%
+CALCULATOR_MAX_CHARS = 500  # bounds the time, and the digits of a product: they never exceed those of its factors
+CALCULATOR_MAX_NESTING = 30
+
+ARITHMETIC_TOKEN = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)|([-+*/()])|( +)")
+COUNT_CALL = re.compile(r""" *('[^'\\]*'|"[^"\\]*") *\. *count *\( *('[^'\\]*'|"[^"\\]*") *\) *""")
+
+# %% [markdown]
+# ### `ArithmeticParser`
+# One method for each line of the grammar; a product binds tighter than a sum because it is parsed further down.
+
+
+# %%
+class ArithmeticParser:
+    """Evaluates a sum while reading it. Raises ValueError for text that is not one, ArithmeticError as Python would.
+
+    sum     = product (("+" | "-") product)*
+    product = signed (("*" | "/") signed)*
+    signed  = ("+" | "-")* (number | "(" sum ")")
+    """
+
+    def __init__(self, text: str):
+        self.tokens, end = deque(), 0
+        while end < len(text):
+            match = ARITHMETIC_TOKEN.match(text, end)
+            if match is None:
+                raise ValueError(f"unexpected {text[end]!r}")
+            if not match[3]:
+                self.tokens.append(match[0])
+            end = match.end()
+        self.nesting = 0
+
+    def take(self, choices: str) -> str:
+        """The next token if it is one of these characters, otherwise ""."""
+        return self.tokens.popleft() if self.tokens and self.tokens[0] in choices else ""
+
+    def value(self) -> int | float:
+        result = self.sum()
+        if self.tokens:
+            raise ValueError(f"unexpected {self.tokens[0]!r}")
+        return result
+
+    def sum(self) -> int | float:
+        result = self.product()
+        while operator := self.take("+-"):
+            right = self.product()
+            result = result + right if operator == "+" else result - right
+        return result
+
+    def product(self) -> int | float:
+        result = self.signed()
+        while operator := self.take("*/"):
+            right = self.signed()
+            result = result * right if operator == "*" else result / right
+        return result
+
+    def signed(self) -> int | float:
+        negative = False
+        while sign := self.take("+-"):
+            negative ^= sign == "-"
+        result = self.group() if self.take("(") else self.number()
+        return -result if negative else result
+
+    def group(self) -> int | float:
+        self.nesting += 1
+        if self.nesting > CALCULATOR_MAX_NESTING:
+            raise ValueError("too deeply nested")
+        result = self.sum()
+        self.nesting -= 1
+        if not self.take(")"):
+            raise ValueError("a parenthesis is not closed")
+        return result
+
+    def number(self) -> int | float:
+        token = self.tokens.popleft() if self.tokens else ""
+        if "." in token:
+            return float(token)
+        if len(token) > 1 and token[0] == "0" and token.strip("0"):
+            raise ValueError(f"{token} has a leading zero, which Python does not allow")
+        return int(token)  # a ValueError for an operator where a number belongs
+
+
+# %% [markdown]
+# ### `use_calculator`
+# What the engine calls. Whatever is not a sum or a count gets no answer, and the model goes on without one.
+
+
+# %%
+def use_calculator(expression: str) -> int | float | None:
+    """What Python gives for "(12 + 3) * 2" or "'banana'.count('a')" and the like; None for anything else.
+
+    Commas in numbers are left out ("1,000"). Never raises. Spec sections 11.4, 21.23 and 21.24.
+    """
+    if len(expression) > CALCULATOR_MAX_CHARS:
+        return None
+    if count := COUNT_CALL.fullmatch(expression):
+        text, part = count[1][1:-1], count[2][1:-1]
+        return text.count(part) if expression.isprintable() else None
+    try:
+        result = ArithmeticParser(expression.replace(",", "")).value()
+    except (ValueError, ArithmeticError):  # not a sum, division by zero, too large for a float
+        return None
+    return None if isinstance(result, float) and not math.isfinite(result) else result
+
+
+# %% [markdown]
+# ### `KVCache`
+# One tensor each for the keys and the values of all layers, allocated once. The attention writes into it; how far it
+# is filled stands beside it, as the kernels want it: once for each row.
+
+
+# %%
+class KVCache:
+    """Keys and values of up to `seq_len` tokens: `k_cache` and `v_cache`, (num_layers, B, seq_len, H_kv, D) each."""
+
+    def __init__(self, batch_size, num_heads, seq_len, head_dim, num_layers, device, dtype):
+        shape = (num_layers, batch_size, seq_len, num_heads, head_dim)
+        self.k_cache = torch.zeros(shape, device=device, dtype=dtype)
+        self.v_cache = torch.zeros(shape, device=device, dtype=dtype)
+        self.cache_seqlens = torch.zeros(batch_size, device=device, dtype=torch.int32)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.cache_seqlens.zero_()
+
+    def get_pos(self) -> int:
+        """How many tokens are in it; the same for all rows."""
+        return int(self.cache_seqlens[0])
+
+    def get_layer_cache(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of one layer's keys and values, (B, seq_len, H_kv, D) each, for attention to read and write."""
+        return self.k_cache[layer], self.v_cache[layer]
+
+    def advance(self, n: int) -> None:
+        """Count n more tokens. The model calls it once for each forward, when its last layer has written."""
+        self.cache_seqlens += n
+
+    def prefill(self, other: "KVCache") -> None:
+        """Begin with what another cache holds; one row of it is shared out to all rows.
+
+        Raises ValueError unless this cache is empty, of the same layers, heads and width, and large enough.
+        """
+        ours, theirs = self.k_cache.shape, other.k_cache.shape
+        if self.get_pos() != 0:
+            raise ValueError("only an empty cache can be prefilled")
+        if (ours[0], ours[3:]) != (theirs[0], theirs[3:]) or theirs[1] not in (1, ours[1]) or ours[2] < theirs[2]:
+            raise ValueError(f"a cache of shape {tuple(theirs)} does not fit into one of {tuple(ours)}")
+        n = other.get_pos()
+        self.k_cache[:, :, :n] = other.k_cache[:, :, :n]
+        self.v_cache[:, :, :n] = other.v_cache[:, :, :n]
+        self.cache_seqlens.fill_(n)
+
+
+# %% [markdown]
+# ### `sample_next_token`
+# Temperature 0 takes the likeliest token. Above it tokens are drawn with their probability, from all or from the
+# `top_k` likeliest.
+
+
+# %%
+def sample_next_token(logits, rng: torch.Generator, temperature: float = 1.0, top_k: int | None = None):
+    """One token for each row: logits (B, V) -> ids (B, 1) int64."""
+    assert temperature >= 0, f"temperature is {temperature}; it cannot be negative"
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    if top_k is not None and top_k > 0:
+        values, ids = logits.topk(min(top_k, logits.size(-1)), dim=-1)
+        drawn = torch.multinomial((values / temperature).softmax(dim=-1), num_samples=1, generator=rng)
+        return ids.gather(1, drawn)
+    return torch.multinomial((logits / temperature).softmax(dim=-1), num_samples=1, generator=rng)
+
+
+# %% [markdown]
+# ### `RowState`
+# What the engine knows about one of the texts that it writes side by side.
+
+
+# %%
+ENGINE_TOKENS = ("<|assistant_end|>", "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
+
+
+@dataclass
+class RowState:
+    """One sample in the making."""
+
+    completed: bool = False
+    in_python_block: bool = False
+    expression_tokens: list[int] = field(default_factory=list)  # since the block began
+    forced_tokens: deque[int] = field(default_factory=deque)  # to be said next, whatever the model would say
+
+
+# %% [markdown]
+# ### `Engine`
+# Two ways to call it: `generate` yields a token of every row as soon as it exists, which is what a chat wants, and
+# `generate_batch` returns finished texts. No more is computed than was asked for: there is no forward pass after the
+# last token.
+
+
+# %%
+class Engine:
+    """Text generation with a KV cache and the calculator. Spec section 11.3.
+
+    model: a `GPT`. tokenizer: gives `encode`, `decode`, `encode_special` and `get_bos_token_id`.
+    """
+
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+
+    def new_cache(self, batch_size: int, seq_len: int) -> KVCache:
+        config = self.model.config
+        return KVCache(
+            batch_size, config.n_kv_head, seq_len, config.head_dim, config.n_layer,
+            self.model.get_device(), self.model.compute_dtype,
+        )  # fmt: skip
+
+    # no_grad, not inference_mode: what the model caches on the way must stay usable when training goes on
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: list[int],
+        num_samples: int = 1,
+        max_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int = 42,
+    ):
+        """Continue `tokens` (a prompt of at least one id) in `num_samples` ways.
+
+        Yields (token_column, token_masks), two lists with one entry for each row: the next token, and 1 if the model
+        chose it or 0 if the calculator forced it. A row is completed by <|assistant_end|> or <|bos|>, which is yielded;
+        it goes on emitting until all are. max_tokens: None fills the model's sequence_len. Raises UserError when the
+        prompt leaves no room, ValueError for arguments that make no sense.
+        """
+        if not tokens or num_samples < 1 or (max_tokens is not None and max_tokens < 0):
+            raise ValueError("needed: a prompt of at least one token, num_samples >= 1, max_tokens >= 0")
+        if max_tokens is None:
+            max_tokens = self.model.config.sequence_len - len(tokens)
+            if max_tokens < 1:
+                raise UserError(
+                    f"the prompt has {len(tokens)} tokens and the model's context {self.model.config.sequence_len}: "
+                    "there is no room for an answer. Shorten the prompt, or set max_tokens to go beyond the context."
+                )
+        if max_tokens == 0:
+            return
+        device = self.model.get_device()
+        rng = torch.Generator(device=device).manual_seed(seed)
+        special = {name: self.tokenizer.encode_special(name) for name in ENGINE_TOKENS}
+        terminal = (special["<|assistant_end|>"], self.tokenizer.get_bos_token_id())
+
+        prompt_cache = self.new_cache(1, len(tokens))
+        logits = self.model(torch.tensor([tokens], dtype=torch.long, device=device), kv_cache=prompt_cache)
+        logits = logits[:, -1].expand(num_samples, -1)  # each row draws its own first token
+        cache = self.new_cache(num_samples, len(tokens) + max_tokens)
+        cache.prefill(prompt_cache)
+        del prompt_cache
+
+        rows = [RowState() for _ in range(num_samples)]
+        for remaining in reversed(range(max_tokens)):
+            column, masks = sample_next_token(logits, rng, temperature, top_k)[:, 0].tolist(), []
+            for i, row in enumerate(rows):
+                masks.append(0 if row.forced_tokens else 1)
+                if row.forced_tokens:
+                    column[i] = row.forced_tokens.popleft()
+                self.advance_row(row, column[i], special, terminal)
+            yield column, masks
+            if remaining == 0 or all(row.completed for row in rows):
+                return
+            ids = torch.tensor(column, dtype=torch.long, device=device)[:, None]
+            logits = self.model(ids, kv_cache=cache)[:, -1]
+
+    def advance_row(self, row: RowState, token: int, special: dict[str, int], terminal: tuple[int, ...]) -> None:
+        """Follow one new token of a row: the end of the text, or the calculator's opening and closing tokens."""
+        if token in terminal:
+            row.completed = True
+        elif token == special["<|python_start|>"]:
+            row.in_python_block, row.expression_tokens = True, []
+        elif token == special["<|python_end|>"] and row.in_python_block:
+            row.in_python_block = False
+            result = use_calculator(self.tokenizer.decode(row.expression_tokens)) if row.expression_tokens else None
+            if result is not None:
+                answer = self.tokenizer.encode(str(result))
+                row.forced_tokens.extend([special["<|output_start|>"], *answer, special["<|output_end|>"]])
+        elif row.in_python_block:
+            row.expression_tokens.append(token)
+
+    def generate_batch(self, tokens: list[int], num_samples: int = 1, **kwargs):
+        """(results, masks), lists with one list for each row: prompt and continuation, without the terminal token.
+
+        A mask is 1 where the model chose the token, 0 in the prompt and in forced tokens. kwargs: as for `generate`.
+        """
+        terminal = (self.tokenizer.encode_special("<|assistant_end|>"), self.tokenizer.get_bos_token_id())
+        results, masks = [list(tokens) for _ in range(num_samples)], [[0] * len(tokens) for _ in range(num_samples)]
+        completed = [False] * num_samples
+        for column, column_masks in self.generate(tokens, num_samples, **kwargs):
+            for i, (token, mask) in enumerate(zip(column, column_masks, strict=True)):
+                completed[i] = completed[i] or token in terminal
+                if not completed[i]:
+                    results[i].append(token)
+                    masks[i].append(mask)
+        return results, masks

@@ -1,0 +1,137 @@
+# %% [markdown]
+# ## Parameters
+#
+# The parameter cell holds plain values and nothing else, so that papermill, Colab's forms and a command line can all replace
+# them. `-1` and `""` mean "decide for me": a preset fills them in. This chapter checks what was asked for before anything
+# slow happens; a misspelt name should cost a second, not an afternoon.
+
+# %%
+import argparse
+import difflib
+import sys
+
+import torch
+
+from nanochat.runtime import UserError
+
+# %% [markdown]
+# ### `PRESETS`
+# One column for each kind of machine. `a100` is the original d12 run, value for value. `cpu` is the same pipeline at the size of a coffee break; its
+# learning rates were found on that size.
+
+# %%
+D12_RUN = dict(
+    data_source="fineweb-edu", train_shards=-1, vocab_size=32768, tokenizer_max_chars=2_000_000_000,
+    tokenizer_doc_cap=10_000, depth=12, aspect_ratio=64, head_dim=128, max_seq_len=2048, window_pattern="SSSL",
+    num_iterations=-1, target_flops=-1.0, target_param_data_ratio=8.5, device_batch_size=16, total_batch_size=-1,
+    embedding_lr=0.3, unembedding_lr=0.004, matrix_lr=0.02, scalar_lr=0.5, weight_decay=0.2, adam_beta1=0.8,
+    adam_beta2=0.95, warmup_ratio=0.0, warmdown_ratio=0.5, final_lr_frac=0.0, eval_every=250, eval_tokens=40 * 524288,
+    sample_every=-1, save_every=250, eval_split_tokens=40 * 524288,
+)  # fmt: skip
+PRESETS = {
+    "a100": D12_RUN,
+    "h100": D12_RUN | dict(device_batch_size=32),
+    # No bf16 on a T4: fp32 products, full windows, and a model that is done within the free hours.
+    "t4": D12_RUN | dict(
+        depth=4, max_seq_len=1024, window_pattern="L", device_batch_size=16, total_batch_size=65536, vocab_size=16384,
+        tokenizer_max_chars=500_000_000, eval_tokens=20 * 65536, eval_split_tokens=20 * 65536,
+    ),
+    "cpu": D12_RUN | dict(
+        data_source="offline", vocab_size=4096, tokenizer_max_chars=20_000_000, depth=4, head_dim=64, max_seq_len=512,
+        window_pattern="L", num_iterations=300, device_batch_size=16, total_batch_size=8192, eval_every=75,
+        eval_tokens=16 * 4096, sample_every=-1, save_every=100, eval_split_tokens=48 * 8192,
+    ),
+}  # fmt: skip
+HORIZONS = ("num_iterations", "target_flops", "target_param_data_ratio")
+
+# %%
+PARAMETER_TYPES = dict(
+    preset=str, base_dir=str, device_type=str, data_source=str, text_column=str, train_shards=int,
+    tokenizer_max_chars=int, tokenizer_doc_cap=int, vocab_size=int,
+    depth=int, aspect_ratio=int, head_dim=int, max_seq_len=int, window_pattern=str,
+    num_iterations=int, target_flops=float, target_param_data_ratio=float,
+    device_batch_size=int, total_batch_size=int,
+    embedding_lr=float, unembedding_lr=float, matrix_lr=float, scalar_lr=float, weight_decay=float,
+    adam_beta1=float, adam_beta2=float, warmup_ratio=float, warmdown_ratio=float, final_lr_frac=float,
+    eval_every=int, eval_tokens=int, eval_split_tokens=int, sample_every=int, save_every=int,
+    model_tag=str, attention=str, torch_compile=bool, run=str, price_per_hour=float,
+)  # fmt: skip
+MAY_BE_ZERO = {"warmup_ratio", "warmdown_ratio", "final_lr_frac", "weight_decay", "adam_beta1", "adam_beta2",
+               "eval_every", "sample_every", "save_every", "price_per_hour"}  # fmt: skip
+
+# %% [markdown]
+# ### `resolve_parameters`
+# Cell, then command line, then preset. Giving one horizon replaces the preset's, whichever that was.
+
+
+# %%
+def resolve_parameters(cell: dict, arguments: list[str] | None = None) -> dict:
+    """The parameter cell with `--name=value` arguments applied, types and ranges checked and the preset filled in.
+
+    cell: name -> value for every name of PARAMETER_TYPES. arguments: a command line, or None for a notebook, whose
+    command line belongs to the kernel. Raises UserError for an unknown name, a wrong type or an impossible value.
+    """
+    chosen = {name: typed_value(name, value) for name, value in (cell | parse_arguments(arguments or [])).items()}
+    preset = choose_preset(chosen["preset"])
+    defaults = PRESETS[preset]
+    if any(is_given(chosen[name]) for name in HORIZONS):
+        defaults = defaults | {name: -1 for name in HORIZONS}
+    filled = {name: value if is_given(value) else defaults.get(name, value) for name, value in chosen.items()}
+    for name, value in filled.items():
+        derived = not is_given(value)
+        if PARAMETER_TYPES[name] in (int, float) and not derived and (value < 0 or value == 0 and name not in MAY_BE_ZERO):
+            raise UserError(f"{name} is {value}; it must be positive, or -1 for the preset's value.")
+        if name.endswith(("_ratio", "_frac")) and name not in ("aspect_ratio", "target_param_data_ratio") and value > 1:
+            raise UserError(f"{name} is {value}; it is a fraction between 0 and 1.")
+    return filled | {"preset": preset}
+
+
+def is_given(value) -> bool:
+    """False for the two values that mean "decide for me"."""
+    return isinstance(value, bool) or value not in ("", -1)
+
+
+def parse_arguments(arguments: list[str]) -> dict[str, str]:
+    """`--name=value` and `--name value` as a dict of strings."""
+    parser = argparse.ArgumentParser(prog="nanochat_speedrun", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for name, kind in PARAMETER_TYPES.items():
+        parser.add_argument(f"--{name}", help=kind.__name__)
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        name = unknown[0].lstrip("-").split("=")[0]
+        near = difflib.get_close_matches(name, PARAMETER_TYPES, 1)
+        hint = f"did you mean {near[0]!r}?" if near else "--help lists them."
+        raise UserError(f"there is no parameter {name!r}; {hint}")
+    return vars(given)
+
+
+def typed_value(name: str, value):
+    """The value in the type of the parameter: text from a command line is converted, a whole number serves as a float."""
+    kind = PARAMETER_TYPES[name]
+    if type(value) is kind:
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    if isinstance(value, str):
+        try:
+            return {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            pass
+    raise UserError(f"{name} is {value!r}; it must be {'True or False' if kind is bool else 'of type ' + kind.__name__}.")
+
+
+def choose_preset(name: str) -> str:
+    """The named preset, or with "auto" the one for the device at hand."""
+    if name in PRESETS:
+        return name
+    if name != "auto":
+        raise UserError(f"preset is {name!r}; it can be auto, {', '.join(PRESETS)}.")
+    if not torch.cuda.is_available():
+        return "cpu"
+    major, _ = torch.cuda.get_device_capability()
+    return "h100" if major >= 9 else "a100" if major == 8 else "t4"
+
+
+def command_line() -> list[str] | None:
+    """This script's arguments; None inside a Jupyter kernel."""
+    return None if "ipykernel" in sys.modules else sys.argv[1:]

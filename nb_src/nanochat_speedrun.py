@@ -1,0 +1,392 @@
+# %% [markdown]
+# # nanochat speedrun: from raw text to a language model, in one notebook
+#
+# {{colab_badge}}
+#
+# Run all. Every stage shows what it does and leaves its result on disk, so running again skips what is finished and
+# continues what was interrupted. No cell needs editing: the parameters below decide everything, and a preset fills them
+# in for the machine at hand.
+#
+# | stage | what comes out | A100 40 GB | CPU, 2 cores |
+# | --- | --- | --- | --- |
+# | ▶ Plan | the model and the budget, worked out from its depth | seconds | seconds |
+# | ▶ Data | shards of text on disk | 10 min | 20 s |
+# | ▶ Tokenizer | 32,768 pieces that text is made of | 1.5 min · 1 ¢ | 3 s |
+# | ▶ Pretrain | a base model that continues text | 77 min · 70 ¢ | 4 min |
+# | ▶ Base evaluation | bits per byte, samples | 3 min · 3 ¢ | 20 s |
+# | ▶ Report | one page with all of it | seconds | seconds |
+#
+# The A100 column is the original run that the `a100` preset repeats value for value, at $0.54 an hour. The CPU column is the `cpu` preset: the
+# same program, a smaller model and the documentation of the installed Python packages as its text, so that it needs no network.
+
+# %% tags=["parameters"]
+# Which machine: auto, cpu, t4, a100 or h100. The preset fills in every -1 and "" below.
+preset = "auto"  # @param ["auto", "cpu", "t4", "a100", "h100"]
+# Where all files go; "" is $NANOCHAT_BASE_DIR or ~/.cache/nanochat.
+base_dir = ""  # @param {type:"string"}
+# cuda, mps or cpu; "" picks the best that is here.
+device_type = ""  # @param {type:"string"}
+
+# Text: fineweb-edu, climbmix, offline, a folder of parquet or text files, or a hub dataset (user/name).
+data_source = ""  # @param {type:"string"}
+# The column of the parquet files that holds the text; "" finds it.
+text_column = ""  # @param {type:"string"}
+# Shards to train on; -1 computes the number from the training horizon.
+train_shards = -1  # @param {type:"integer"}
+# Characters that the tokenizer learns from, and the most it takes of one document.
+tokenizer_max_chars = -1  # @param {type:"integer"}
+tokenizer_doc_cap = -1  # @param {type:"integer"}
+# Tokens in the vocabulary, the nine special ones included.
+vocab_size = -1  # @param {type:"integer"}
+
+# Layers. Width is depth times aspect_ratio, rounded up to whole heads of head_dim.
+depth = -1  # @param {type:"integer"}
+aspect_ratio = -1  # @param {type:"integer"}
+head_dim = -1  # @param {type:"integer"}
+# Tokens that the model sees at once, and how far back each layer looks: L all of them, S half.
+max_seq_len = -1  # @param {type:"integer"}
+window_pattern = ""  # @param {type:"string"}
+
+# How long to train: a number of steps, or of FLOPs, or tokens for each scaling parameter. One is enough.
+num_iterations = -1  # @param {type:"integer"}
+target_flops = -1.0  # @param {type:"number"}
+target_param_data_ratio = -1.0  # @param {type:"number"}
+# Sequences in one forward pass, and tokens in one optimizer step.
+device_batch_size = -1  # @param {type:"integer"}
+total_batch_size = -1  # @param {type:"integer"}
+
+# Learning rates at a batch of 524,288 tokens, weight decay at depth 12.
+embedding_lr = -1.0  # @param {type:"number"}
+unembedding_lr = -1.0  # @param {type:"number"}
+matrix_lr = -1.0  # @param {type:"number"}
+scalar_lr = -1.0  # @param {type:"number"}
+weight_decay = -1.0  # @param {type:"number"}
+adam_beta1 = -1.0  # @param {type:"number"}
+adam_beta2 = -1.0  # @param {type:"number"}
+# The parts of the run in which the learning rate rises and falls, and where it ends.
+warmup_ratio = -1.0  # @param {type:"number"}
+warmdown_ratio = -1.0  # @param {type:"number"}
+final_lr_frac = -1.0  # @param {type:"number"}
+
+# Steps between validations, samples and checkpoints (0 is only at the end), and tokens in a validation.
+eval_every = -1  # @param {type:"integer"}
+eval_tokens = -1  # @param {type:"integer"}
+sample_every = -1  # @param {type:"integer"}
+save_every = -1  # @param {type:"integer"}
+# Tokens of each split in the base evaluation.
+eval_split_tokens = -1  # @param {type:"integer"}
+
+# The checkpoint's name ("" is d and the depth), the attention backend, and whether to compile.
+model_tag = ""  # @param {type:"string"}
+attention = "auto"  # @param {type:"string"}
+torch_compile = True  # @param {type:"boolean"}
+# A name turns on Weights & Biases: online with a WANDB_API_KEY, offline without.
+run = ""  # @param {type:"string"}
+# What this machine costs in dollars per hour, for the report; 0 leaves the price out.
+price_per_hour = 0.0  # @param {type:"number"}
+
+# %% [markdown]
+# # ▶ Set up
+# Installs what is missing and nothing else. PyTorch is never touched: the one that came with the machine fits its GPU.
+
+# %%
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # before torch: less fragmentation on a full GPU
+needed = {
+    "filelock": "filelock", "huggingface_hub": "huggingface_hub", "matplotlib": "matplotlib", "numpy": "numpy",
+    "psutil": "psutil", "pyarrow": "pyarrow", "requests": "requests", "rustbpe": "rustbpe", "safetensors": "safetensors",
+    "tiktoken": "tiktoken", "tokenizers": "tokenizers", "tqdm": "tqdm",
+}  # fmt: skip
+if run:
+    needed["wandb"] = "wandb"
+missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+if missing:
+    print("Installing", *missing)
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
+if importlib.util.find_spec("torch") is None:
+    raise ModuleNotFoundError("PyTorch is not installed; get it from pytorch.org for your device, then run again.")
+
+# %%
+from nanochat.runtime import (
+    choose_compute_dtype, compute_init, compute_cleanup, device_name_of, autodetect_device_type, get_base_dir,
+    lock_base_dir, print0, rank0_first, show_user_errors_plainly,
+)
+from nanochat.settings import PARAMETER_TYPES, command_line, resolve_parameters
+
+# %% [markdown]
+# Now the parameters are checked, and this process (one of several, under `torchrun`) takes its place.
+
+# %%
+show_user_errors_plainly()
+params = resolve_parameters({name: globals()[name] for name in PARAMETER_TYPES}, command_line())
+if params["base_dir"]:
+    os.environ["NANOCHAT_BASE_DIR"] = params["base_dir"]
+run_lock = lock_base_dir()
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(get_base_dir(), "compile_cache"))  # the second start is quick
+ddp, rank, local_rank, world_size, device = compute_init(params["device_type"] or autodetect_device_type())
+compute_dtype, dtype_reason = choose_compute_dtype(device.type)
+
+# %% [markdown]
+# # ▶ Plan
+# What will be built, before anything is built: first the parts (attention, optimizer, model), then the arithmetic that turns a depth into a
+# budget.
+
+# %%
+from nanochat.plots import (
+    D12_REFERENCE, LiveChart, compressor_bpb, plot_bpb_bars, plot_packing, plot_schedules, plot_tokens_per_second,
+    plot_windows, show_figure, show_html, show_markdown, show_table, tokens_html,
+)
+from nanochat.attention import flash_attn
+from nanochat.optim import MuonAdamW
+from nanochat.gpt import GPT
+from nanochat.planning import (
+    PretrainSettings, estimate_minutes, lr_multiplier, muon_momentum, muon_weight_decay, plan_pretraining,
+)
+
+# %%
+attention_name = flash_attn.select(device.type, compute_dtype, params["attention"])
+settings = PretrainSettings(**{name: params[name] for name in PretrainSettings.__dataclass_fields__})
+plan = plan_pretraining(settings, params["vocab_size"])
+minutes = estimate_minutes(plan, device, compute_dtype)
+model_config = plan.model_config
+show_table(
+    [
+        ("preset", params["preset"]),
+        ("device", f"{world_size} × {device_name_of(device)}"),
+        ("precision", f"{str(compute_dtype).removeprefix('torch.')} products, fp32 weights: {dtype_reason}"),
+        ("attention", attention_name),
+        ("model", f"{model_config.n_layer} layers, width {model_config.n_embd}, {model_config.n_head} heads"),
+        ("parameters", f"{plan.parameters['total']:,}, of which {plan.scaling_params:,} multiply every token"),
+        ("batch", f"{plan.total_batch_size:,} tokens: {plan.gradient_accumulation} × {settings.device_batch_size} "
+                  f"sequences × {settings.max_seq_len} on {world_size} process{'es' if world_size > 1 else ''}"),
+        ("horizon", f"{plan.iterations:,} steps, {plan.tokens:,} tokens, {plan.flops_per_token * plan.tokens:.2e} FLOPs"),
+        ("text", params["data_source"]),
+        ("pretraining takes about", "unknown" if minutes is None else f"{minutes:,.0f} minutes"),
+        ("files", get_base_dir()),
+    ],
+    header=("", "this run"),
+)  # fmt: skip
+
+# %% [markdown]
+# How far back each layer looks, and what the learning rate, momentum and weight decay will do.
+
+# %%
+show_figure(plot_windows(model_config.window_sizes(), model_config.sequence_len), "windows")
+show_figure(
+    plot_schedules(
+        plan.iterations,
+        lambda step: lr_multiplier(plan, step),
+        muon_momentum,
+        lambda step: muon_weight_decay(plan, step),
+    ),
+    "schedules",
+)
+
+# %% [markdown]
+# # ▶ Data
+# Text, as parquet shards of documents. One shard is never trained on: it measures.
+
+# %%
+from nanochat.stages import finish_stage, finished_stage, what_changed
+from nanochat.offline_corpus import collect_offline_documents
+from nanochat.dataset import CHARACTERS_PER_SHARD, plan_data, prepare_corpus
+
+# %%
+n_shards, sentence = plan_data(
+    params["data_source"], plan.tokens, params["train_shards"], params["tokenizer_max_chars"]
+)
+print0(sentence)
+with rank0_first():
+    corpus = prepare_corpus(params["data_source"], n_shards, params["text_column"])
+print0(f"{len(corpus.train_files)} training shards and {os.path.basename(corpus.val_file)} for validation")
+
+# %% [markdown]
+# # ▶ Tokenizer
+# The model reads and writes pieces of text, not letters. Which pieces is learned from the data.
+
+# %%
+from nanochat.tokenizer import describe_token_bytes, get_token_bytes, get_tokenizer, train_tokenizer
+from nanochat.tok_eval import evaluate_tokenizer, tokenizer_report_tables, tokenizer_summary_table
+from nanochat.report import get_report
+
+# %%
+report = get_report()
+tokenizer_dir = os.path.join(get_base_dir(), "tokenizer")
+tokenizer_files = corpus.train_files[: -(-params["tokenizer_max_chars"] // CHARACTERS_PER_SHARD)]
+tokenizer_inputs = {
+    "files": replace(corpus, train_files=tokenizer_files).fingerprint(),
+    "vocab_size": params["vocab_size"],
+    "max_chars": params["tokenizer_max_chars"],
+    "doc_cap": params["tokenizer_doc_cap"],
+}
+if finished_stage("tokenizer", tokenizer_inputs) is not None:
+    print0("tokenizer: trained earlier, nothing to do")
+else:
+    print0(what_changed("tokenizer", tokenizer_inputs))
+    with rank0_first():
+        if rank == 0:
+            started = time.time()
+            trained = train_tokenizer(
+                tokenizer_files, corpus.text_column, params["vocab_size"], params["tokenizer_max_chars"],
+                params["tokenizer_doc_cap"],
+            )
+            trained.save(tokenizer_dir)
+            facts = tokenizer_inputs | {"train_time": time.time() - started}
+            report.log("Tokenizer training", [facts, describe_token_bytes(get_token_bytes(tokenizer=trained))])
+            finish_stage("tokenizer", tokenizer_inputs, {}, [f"{tokenizer_dir}/{name}" for name in os.listdir(tokenizer_dir)])
+tokenizer = get_tokenizer()
+
+# %% [markdown]
+# A sentence as the model will see it. Hover over a piece for its number.
+
+# %%
+show_html(tokens_html(tokenizer, "Tokenizers don't read letters: strawberry is a handful of pieces, 1234567 a few more, и это тоже."))
+
+# %% [markdown]
+# How many bytes one token covers, on different kinds of text and beside the tokenizers of GPT-2 and GPT-4, which are
+# three times as large.
+
+# %%
+evaluation_inputs = {"tokenizer": tokenizer.fingerprint(), "files": tokenizer_inputs["files"]}
+evaluation = finished_stage("tokenizer evaluation", evaluation_inputs)
+if evaluation is None:
+    with rank0_first():
+        evaluation = evaluate_tokenizer(tokenizer, corpus) if rank == 0 else None
+    report.log("Tokenizer evaluation", [tokenizer_report_tables(evaluation)] if rank == 0 else [])
+    finish_stage("tokenizer evaluation", evaluation_inputs, evaluation)
+if rank == 0:
+    show_markdown(tokenizer_summary_table(evaluation))
+
+# %% [markdown]
+# # ▶ Pretrain
+# Random weights in, base model out. It continues where it stopped, so interrupting is safe: the stop button finishes the step and saves.
+
+# %%
+from nanochat.dataloader import pack_rows_preview, tokenizing_distributed_data_loader_bos_bestfit
+from nanochat.engine import Engine
+from nanochat.checkpoint_manager import load_model
+from nanochat.loss_eval import evaluate_bpb, every_byte_batches, first_texts
+from nanochat.base_train import pretrain, sample_text
+from nanochat.tracking import open_tracker, wandb_eval_record, wandb_train_record
+
+# %% [markdown]
+# The first rows of the first batch: documents packed side by side, each colour one document. The hatched ends were cut to fit.
+
+# %%
+if rank == 0:
+    show_figure(plot_packing(pack_rows_preview(tokenizer, corpus, rows=8, T=settings.max_seq_len)), "packing")
+
+# %%
+chart = LiveChart(plan.iterations, f"base model d{settings.depth}", reference=D12_REFERENCE if settings.depth == 12 else None)
+tracker = open_tracker(params["run"], "nanochat", params, rank)
+records = []
+for record in pretrain(plan, corpus, tokenizer, device, compute_dtype, params["torch_compile"]):
+    records.append(record)
+    chart.add(record)
+    if not record.replayed:
+        if record.val_bpb is not None:
+            tracker.log(wandb_eval_record(record))
+        if record.step % 100 == 0 and record.loss is not None:
+            tracker.log(wandb_train_record(record))
+chart.finish()
+tracker.finish()
+
+# %% [markdown]
+# # ▶ Base evaluation
+# What has it learned? The unit is bits per byte of text that it never trained on, the same unit in which file compressors work. So
+# they are the first opponents: all three get the same bytes.
+
+# %%
+model_tag_used = os.path.basename(settings.checkpoint_dir)
+model, _, meta = load_model("base", device, "eval", model_tag=model_tag_used)
+validation_texts = first_texts(corpus, "val", 1_000_000)
+base_inputs = {
+    "model": meta["fingerprint"], "step": meta["step"], "split_tokens": params["eval_split_tokens"],
+    "device_batch_size": settings.device_batch_size,
+}  # fmt: skip
+base_results = finished_stage("base model evaluation", base_inputs)
+if base_results is not None:
+    print0("base model evaluation: done earlier, nothing to do")
+else:
+    B, T = settings.device_batch_size, settings.max_seq_len
+    token_bytes = get_token_bytes(device, tokenizer)
+    steps = max(1, params["eval_split_tokens"] // (B * T * world_size))
+    base_results = {}
+    for split in ("train", "val"):
+        loader = tokenizing_distributed_data_loader_bos_bestfit(tokenizer, B, T, split, device=device, corpus=corpus)
+        base_results[f"{split} bpb"] = evaluate_bpb(model, loader, steps, token_bytes)
+    batches = every_byte_batches(tokenizer, validation_texts, B, T, device)
+    base_results["same bytes bpb"] = evaluate_bpb(model, batches, len(batches), token_bytes)
+    base_results |= compressor_bpb("".join(validation_texts).encode("utf-8"))
+    base_results["samples"] = list(sample_text(model, tokenizer)) if rank == 0 else []
+    bos = tokenizer.get_bos_token_id()
+    if rank == 0:
+        rows, _ = Engine(model, tokenizer).generate_batch([bos], num_samples=8, max_tokens=128, temperature=1.0)
+        base_results["unconditioned"] = [tokenizer.decode(row[1:]) for row in rows]
+    finish_stage("base model evaluation", base_inputs, base_results)
+
+# %%
+show_figure(
+    plot_bpb_bars({
+        "zlib -9": base_results["zlib -9"], "xz -9e": base_results["xz -9e"], "this model": base_results["same bytes bpb"],
+    }),
+    "bits-per-byte",
+)  # fmt: skip
+show_table(
+    [(name, base_results[name]) for name in ("train bpb", "val bpb", "same bytes bpb", "zlib -9", "xz -9e")],
+    header=("", "bits per byte"),
+)
+
+# %% [markdown]
+# What it says when it is given a beginning, always taking the likeliest token; and what it dreams of from nothing.
+
+# %%
+if rank == 0:
+    show_table([(text,) for text in base_results["samples"]], header=("greedy, 16 tokens",))
+    show_table([(text,) for text in base_results["unconditioned"]], header=("from nothing, temperature 1",))
+
+# %% [markdown]
+# # ▶ Report
+# Everything above on one page, with the pictures beside it, and all numbers again in `metrics.json` for programs.
+
+# %%
+training = {
+    "Number of parameters": plan.parameters["total"],
+    "Number of FLOPs per token": f"{plan.flops_per_token:e}",
+    "Calculated number of iterations": plan.iterations,
+    "Number of training tokens": plan.tokens,
+    "Tokens : Scaling params ratio": plan.tokens / plan.scaling_params,
+    "DDP world size": world_size,
+}
+if rank == 0:
+    measured = [record for record in records if record.val_bpb is not None]
+    last = records[-1]
+    training_results = {
+        "Minimum validation bpb": min(record.val_bpb for record in measured),
+        "Final validation bpb": last.val_bpb,
+        "Total training flops": f"{last.total_flops:e}",
+        "Total training time": f"{last.total_seconds / 60:.2f}m",
+    }
+    mfus = [record.mfu for record in records if record.mfu]
+    if mfus:
+        training_results["MFU %"] = 100 * sorted(mfus)[len(mfus) // 2]
+    if device.type == "cuda":
+        training_results["Peak memory usage"] = f"{torch.cuda.max_memory_allocated() / 2**20:.2f}MiB"
+    if params["price_per_hour"]:
+        training_results["Price of the training"] = f"${params['price_per_hour'] * last.total_seconds / 3600:.2f}"
+    report.log("Base model training", [params, training, training_results, f"![training]({chart.file_name()}.png)"])
+    report.add_metrics("Base model training", training | training_results)
+    numbers = {name: value for name, value in base_results.items() if isinstance(value, float)}
+    texts = {f"sample {i}": text for i, text in enumerate(base_results["samples"])}
+    texts |= {f"unconditioned {i}": text for i, text in enumerate(base_results["unconditioned"])}
+    report.log("Base model evaluation", [{"model": f"base {model_tag_used}"} | numbers, "![bits per byte](bits-per-byte.png)", texts])
+    report.add_metrics("Base model evaluation", {"model": model_tag_used} | numbers)
+    show_figure(plot_tokens_per_second(records), "tokens-per-second")
+report.generate()
+compute_cleanup()
