@@ -16,8 +16,9 @@
 # | ▶ Base evaluation | bits per byte, samples | 3 min · 3 ¢ | 20 s |
 # | ▶ Report | one page with all of it | seconds | seconds |
 #
-# The A100 column is the original run that the `a100` preset repeats value for value, at $0.54 an hour. The CPU column is the `cpu` preset: the
-# same program, a smaller model and the documentation of the installed Python packages as its text, so that it needs no network.
+# The A100 column is the original run that the `a100` preset repeats value for value, at $0.54 an hour. The CPU column
+# is the `cpu` preset: the same program, a smaller model and the documentation of the installed Python packages as its
+# text, so that it needs no network.
 
 # %% tags=["parameters"]
 # Which machine: auto, cpu, t4, a100 or h100. The preset fills in every -1 and "" below.
@@ -97,15 +98,14 @@ import sys
 import time
 from dataclasses import replace
 
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # before torch: less fragmentation on a full GPU
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # before torch is imported
 needed = {
-    "filelock": "filelock", "huggingface_hub": "huggingface_hub", "matplotlib": "matplotlib", "numpy": "numpy",
-    "psutil": "psutil", "pyarrow": "pyarrow", "requests": "requests", "rustbpe": "rustbpe", "safetensors": "safetensors",
-    "tiktoken": "tiktoken", "tokenizers": "tokenizers", "tqdm": "tqdm",
+    "filelock", "huggingface_hub", "matplotlib", "numpy", "psutil", "pyarrow", "requests", "rustbpe", "safetensors",
+    "tiktoken", "tokenizers", "tqdm",
 }  # fmt: skip
 if run:
-    needed["wandb"] = "wandb"
-missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    needed.add("wandb")
+missing = sorted(name for name in needed if importlib.util.find_spec(name) is None)
 if missing:
     print("Installing", *missing)
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
@@ -114,8 +114,16 @@ if importlib.util.find_spec("torch") is None:
 
 # %%
 from nanochat.runtime import (
-    choose_compute_dtype, compute_init, compute_cleanup, device_name_of, autodetect_device_type, get_base_dir,
-    lock_base_dir, print0, rank0_first, show_user_errors_plainly,
+    choose_compute_dtype,
+    compute_init,
+    compute_cleanup,
+    device_name_of,
+    autodetect_device_type,
+    get_base_dir,
+    lock_base_dir,
+    print0,
+    rank0_first,
+    show_user_errors_plainly,
 )
 from nanochat.settings import PARAMETER_TYPES, command_line, resolve_parameters
 
@@ -128,25 +136,42 @@ params = resolve_parameters({name: globals()[name] for name in PARAMETER_TYPES},
 if params["base_dir"]:
     os.environ["NANOCHAT_BASE_DIR"] = params["base_dir"]
 run_lock = lock_base_dir()
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(get_base_dir(), "compile_cache"))  # the second start is quick
+# Compiled kernels are kept, so the second start is quick.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(get_base_dir(), "compile_cache"))
 ddp, rank, local_rank, world_size, device = compute_init(params["device_type"] or autodetect_device_type())
 compute_dtype, dtype_reason = choose_compute_dtype(device.type)
 
 # %% [markdown]
 # # ▶ Plan
-# What will be built, before anything is built: first the parts (attention, optimizer, model), then the arithmetic that turns a depth into a
-# budget.
+# What will be built, before anything is built: first the parts (attention, optimizer, model), then the arithmetic
+# that turns a depth into a budget.
 
 # %%
 from nanochat.plots import (
-    D12_REFERENCE, LiveChart, compressor_bpb, plot_bpb_bars, plot_packing, plot_schedules, plot_tokens_per_second,
-    plot_windows, show_figure, show_html, show_markdown, show_table, tokens_html,
+    D12_REFERENCE,
+    LiveChart,
+    compressor_bpb,
+    plot_bpb_bars,
+    plot_packing,
+    plot_schedules,
+    plot_tokens_per_second,
+    plot_windows,
+    show_figure,
+    show_html,
+    show_markdown,
+    show_table,
+    tokens_html,
 )
 from nanochat.attention import flash_attn
 from nanochat.optim import MuonAdamW
 from nanochat.gpt import GPT
 from nanochat.planning import (
-    PretrainSettings, estimate_minutes, lr_multiplier, muon_momentum, muon_weight_decay, plan_pretraining,
+    PretrainSettings,
+    estimate_minutes,
+    lr_multiplier,
+    muon_momentum,
+    muon_weight_decay,
+    plan_pretraining,
 )
 
 # %%
@@ -165,7 +190,8 @@ show_table(
         ("parameters", f"{plan.parameters['total']:,}, of which {plan.scaling_params:,} multiply every token"),
         ("batch", f"{plan.total_batch_size:,} tokens: {plan.gradient_accumulation} × {settings.device_batch_size} "
                   f"sequences × {settings.max_seq_len} on {world_size} process{'es' if world_size > 1 else ''}"),
-        ("horizon", f"{plan.iterations:,} steps, {plan.tokens:,} tokens, {plan.flops_per_token * plan.tokens:.2e} FLOPs"),
+        ("horizon", f"{plan.iterations:,} steps, {plan.tokens:,} tokens, "
+                    f"{plan.flops_per_token * plan.tokens:.2e} FLOPs"),
         ("text", params["data_source"]),
         ("pretraining takes about", "unknown" if minutes is None else f"{minutes:,.0f} minutes"),
         ("files", get_base_dir()),
@@ -195,7 +221,7 @@ show_figure(
 # %%
 from nanochat.stages import finish_stage, finished_stage, what_changed
 from nanochat.offline_corpus import collect_offline_documents
-from nanochat.dataset import CHARACTERS_PER_SHARD, plan_data, prepare_corpus
+from nanochat.dataset import CHARACTERS_PER_SHARD, epoch_sentence, plan_data, prepare_corpus, training_characters
 
 # %%
 n_shards, sentence = plan_data(
@@ -204,7 +230,8 @@ n_shards, sentence = plan_data(
 print0(sentence)
 with rank0_first():
     corpus = prepare_corpus(params["data_source"], n_shards, params["text_column"])
-print0(f"{len(corpus.train_files)} training shards and {os.path.basename(corpus.val_file)} for validation")
+print0(f"{len(corpus.train_files)} training shards; {os.path.basename(corpus.val_file)} is for validation.")
+print0(epoch_sentence(training_characters(corpus), plan.tokens))
 
 # %% [markdown]
 # # ▶ Tokenizer
@@ -228,25 +255,31 @@ tokenizer_inputs = {
 if finished_stage("tokenizer", tokenizer_inputs) is not None:
     print0("tokenizer: trained earlier, nothing to do")
 else:
-    print0(what_changed("tokenizer", tokenizer_inputs))
+    reason = what_changed("tokenizer", tokenizer_inputs)
+    print0(f"tokenizer: trained anew because {reason}" if reason else "tokenizer: training it")
     with rank0_first():
         if rank == 0:
             started = time.time()
             trained = train_tokenizer(
-                tokenizer_files, corpus.text_column, params["vocab_size"], params["tokenizer_max_chars"],
+                tokenizer_files,
+                corpus.text_column,
+                params["vocab_size"],
+                params["tokenizer_max_chars"],
                 params["tokenizer_doc_cap"],
             )
             trained.save(tokenizer_dir)
             facts = tokenizer_inputs | {"train_time": time.time() - started}
             report.log("Tokenizer training", [facts, describe_token_bytes(get_token_bytes(tokenizer=trained))])
-            finish_stage("tokenizer", tokenizer_inputs, {}, [f"{tokenizer_dir}/{name}" for name in os.listdir(tokenizer_dir)])
+            written = [os.path.join(tokenizer_dir, name) for name in os.listdir(tokenizer_dir)]
+            finish_stage("tokenizer", tokenizer_inputs, {}, written)
 tokenizer = get_tokenizer()
 
 # %% [markdown]
 # A sentence as the model will see it. Hover over a piece for its number.
 
 # %%
-show_html(tokens_html(tokenizer, "Tokenizers don't read letters: strawberry is a handful of pieces, 1234567 a few more, и это тоже."))
+sentence = "Tokenizers don't read letters: strawberry is a handful of pieces, 1234567 a few more, и это тоже."
+show_html(tokens_html(tokenizer, sentence))
 
 # %% [markdown]
 # How many bytes one token covers, on different kinds of text and beside the tokenizers of GPT-2 and GPT-4, which are
@@ -265,42 +298,67 @@ if rank == 0:
 
 # %% [markdown]
 # # ▶ Pretrain
-# Random weights in, base model out. It continues where it stopped, so interrupting is safe: the stop button finishes the step and saves.
+# Random weights in, base model out. It continues where it stopped, so interrupting is safe: the stop button finishes
+# the step and saves.
 
 # %%
 from nanochat.dataloader import pack_rows_preview, tokenizing_distributed_data_loader_bos_bestfit
 from nanochat.engine import Engine
 from nanochat.checkpoint_manager import load_model
 from nanochat.loss_eval import evaluate_bpb, every_byte_batches, first_texts
-from nanochat.base_train import pretrain, sample_text
+from nanochat.base_train import pretrain, sample_text, summarize_training
 from nanochat.tracking import open_tracker, wandb_eval_record, wandb_train_record
 
 # %% [markdown]
-# The first rows of the first batch: documents packed side by side, each colour one document. The hatched ends were cut to fit.
+# The first rows of the first batch: documents packed side by side, each colour one document. The hatched ends were
+# cut to fit.
 
 # %%
 if rank == 0:
     show_figure(plot_packing(pack_rows_preview(tokenizer, corpus, rows=8, T=settings.max_seq_len)), "packing")
 
 # %%
-chart = LiveChart(plan.iterations, f"base model d{settings.depth}", reference=D12_REFERENCE if settings.depth == 12 else None)
+reference = D12_REFERENCE if settings.depth == 12 else None
+chart = LiveChart(plan.iterations, f"base model d{settings.depth}", reference)
 tracker = open_tracker(params["run"], "nanochat", params, rank)
 records = []
-for record in pretrain(plan, corpus, tokenizer, device, compute_dtype, params["torch_compile"]):
-    records.append(record)
-    chart.add(record)
-    if not record.replayed:
-        if record.val_bpb is not None:
-            tracker.log(wandb_eval_record(record))
-        if record.step % 100 == 0 and record.loss is not None:
-            tracker.log(wandb_train_record(record))
-chart.finish()
-tracker.finish()
+try:
+    for record in pretrain(plan, corpus, tokenizer, device, compute_dtype, params["torch_compile"]):
+        records.append(record)
+        chart.add(record)
+        if not record.replayed:
+            if record.val_bpb is not None:
+                tracker.log(wandb_eval_record(record))
+            if record.step % 100 == 0 and record.loss is not None:
+                tracker.log(wandb_train_record(record))
+finally:  # also when it is stopped: the picture so far is worth keeping
+    chart.finish()
+    tracker.finish()
+
+# %% [markdown]
+# How fast it went, and the numbers for the report.
+
+# %%
+if rank == 0:
+    show_figure(plot_tokens_per_second(records), "tokens-per-second")
+    facts = {
+        "Number of parameters": plan.parameters["total"],
+        "Number of FLOPs per token": f"{plan.flops_per_token:e}",
+        "Calculated number of iterations": plan.iterations,
+        "Number of training tokens": plan.tokens,
+        "Tokens : Scaling params ratio": plan.tokens / plan.scaling_params,
+        "DDP world size": world_size,
+    }
+    facts |= summarize_training(records, device, params["price_per_hour"])
+    if not all(record.replayed for record in records):
+        report.log("Base model training", [params, facts, f"![training]({chart.file_name()}.png)"])
+        report.add_metrics("Base model training", facts)
+    show_table(list(facts.items()), header=("pretraining", ""))
 
 # %% [markdown]
 # # ▶ Base evaluation
-# What has it learned? The unit is bits per byte of text that it never trained on, the same unit in which file compressors work. So
-# they are the first opponents: all three get the same bytes.
+# What has it learned? The unit is bits per byte of text that it never trained on, the same unit in which file
+# compressors work. So they are the first opponents: all three get the same bytes.
 
 # %%
 model_tag_used = os.path.basename(settings.checkpoint_dir)
@@ -329,15 +387,25 @@ else:
     if rank == 0:
         rows, _ = Engine(model, tokenizer).generate_batch([bos], num_samples=8, max_tokens=128, temperature=1.0)
         base_results["unconditioned"] = [tokenizer.decode(row[1:]) for row in rows]
+        numbers = {name: value for name, value in base_results.items() if isinstance(value, float)}
+        texts = {f"sample {i}": text for i, text in enumerate(base_results["samples"])}
+        texts |= {f"unconditioned {i}": text for i, text in enumerate(base_results["unconditioned"])}
+        picture = "![bits per byte](bits-per-byte.png)"
+        report.log("Base model evaluation", [{"model": f"base {model_tag_used}"} | numbers, picture, texts])
+        report.add_metrics("Base model evaluation", {"model": model_tag_used} | numbers)
     finish_stage("base model evaluation", base_inputs, base_results)
 
 # %%
 show_figure(
-    plot_bpb_bars({
-        "zlib -9": base_results["zlib -9"], "xz -9e": base_results["xz -9e"], "this model": base_results["same bytes bpb"],
-    }),
+    plot_bpb_bars(
+        {
+            "zlib -9": base_results["zlib -9"],
+            "xz -9e": base_results["xz -9e"],
+            "this model": base_results["same bytes bpb"],
+        }
+    ),
     "bits-per-byte",
-)  # fmt: skip
+)
 show_table(
     [(name, base_results[name]) for name in ("train bpb", "val bpb", "same bytes bpb", "zlib -9", "xz -9e")],
     header=("", "bits per byte"),
@@ -356,37 +424,5 @@ if rank == 0:
 # Everything above on one page, with the pictures beside it, and all numbers again in `metrics.json` for programs.
 
 # %%
-training = {
-    "Number of parameters": plan.parameters["total"],
-    "Number of FLOPs per token": f"{plan.flops_per_token:e}",
-    "Calculated number of iterations": plan.iterations,
-    "Number of training tokens": plan.tokens,
-    "Tokens : Scaling params ratio": plan.tokens / plan.scaling_params,
-    "DDP world size": world_size,
-}
-if rank == 0:
-    measured = [record for record in records if record.val_bpb is not None]
-    last = records[-1]
-    training_results = {
-        "Minimum validation bpb": min(record.val_bpb for record in measured),
-        "Final validation bpb": last.val_bpb,
-        "Total training flops": f"{last.total_flops:e}",
-        "Total training time": f"{last.total_seconds / 60:.2f}m",
-    }
-    mfus = [record.mfu for record in records if record.mfu]
-    if mfus:
-        training_results["MFU %"] = 100 * sorted(mfus)[len(mfus) // 2]
-    if device.type == "cuda":
-        training_results["Peak memory usage"] = f"{torch.cuda.max_memory_allocated() / 2**20:.2f}MiB"
-    if params["price_per_hour"]:
-        training_results["Price of the training"] = f"${params['price_per_hour'] * last.total_seconds / 3600:.2f}"
-    report.log("Base model training", [params, training, training_results, f"![training]({chart.file_name()}.png)"])
-    report.add_metrics("Base model training", training | training_results)
-    numbers = {name: value for name, value in base_results.items() if isinstance(value, float)}
-    texts = {f"sample {i}": text for i, text in enumerate(base_results["samples"])}
-    texts |= {f"unconditioned {i}": text for i, text in enumerate(base_results["unconditioned"])}
-    report.log("Base model evaluation", [{"model": f"base {model_tag_used}"} | numbers, "![bits per byte](bits-per-byte.png)", texts])
-    report.add_metrics("Base model evaluation", {"model": model_tag_used} | numbers)
-    show_figure(plot_tokens_per_second(records), "tokens-per-second")
 report.generate()
 compute_cleanup()

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import tokenize
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -81,19 +81,15 @@ def import_comments(project: Project, cell: Cell) -> list[tuple[int, int, str]]:
     return [(n.lineno - first, n.end_lineno + 1 - first, text) for n, text in zip(imports, comments, strict=True)]
 
 
-def shown_lines(project: Project, cell: Cell, name: str) -> list[tuple[str, int]]:
-    """A cell's lines in the notebook `name`, each with the line of the source that it comes from."""
+def shown(project: Project, cell: Cell, name: str) -> str:
+    """A cell's text in the notebook `name`."""
     text = cell.text
     for placeholder, address in addresses(project, name).items() if cell.kind == "markdown" else ():
         text = text.replace(placeholder, address)
-    lines = [(line, number) for number, line in enumerate(text.split("\n"), cell.line + 1)]
+    lines = text.split("\n")
     for start, stop, comment in reversed(import_comments(project, cell)):
-        lines[start:stop] = [(comment, lines[start][1])]
-    return lines
-
-
-def shown(project: Project, cell: Cell, name: str) -> str:
-    return "\n".join(line for line, _ in shown_lines(project, cell, name))
+        lines[start:stop] = [comment]
+    return "\n".join(lines)
 
 
 def unshown(project: Project, origin: Cell | None, kind: str, text: str, name: str) -> str:
@@ -192,19 +188,6 @@ def build_notebook(project: Project, name: str) -> nbformat.NotebookNode:
 
 def notebook_text(notebook: nbformat.NotebookNode) -> str:
     return nbformat.writes(notebook).rstrip("\n") + "\n"
-
-
-def flatten(project: Project, name: str) -> tuple[str, list[tuple[Source, int]]]:
-    """A spine and its chapters as one program, and where each of its lines comes from."""
-    spine = project.spines[name]
-    lines = [f"# Made from nb_src/{name}.py by tools/nb_convert.py: edit the sources instead.", ""]
-    origins = [(spine, 1)] * 2
-    for cell in unroll(project, spine):
-        chunk = write_cell(cell.kind, shown(project, cell, name), cell.options).split("\n")
-        numbers = [cell.line] + [number for _, number in shown_lines(project, cell, name)]
-        lines += [*chunk, ""]
-        origins += [(cell.source, number) for number in [*numbers[: len(chunk)], cell.line]]
-    return "\n".join(lines), origins
 
 
 def source_faults(project: Project, names: Iterable[str]) -> list[str]:
@@ -317,13 +300,10 @@ def script(root: Path, name: str) -> str:
     project = read_project(root)
     (name,) = spine_names(project, [name])
     build_notebook(project, name)  # raises what is wrong
-    text, origins = flatten(project, name)
-    try:
-        compile(text, name, "exec", dont_inherit=True)
-    except SyntaxError as error:
-        source, line = origins[(error.lineno or 1) - 1]
-        raise Refused(source.fault(line, f"cannot stand inside one file: {error.msg}")) from None
-    return text
+    cells = unroll(project, project.spines[name])
+    chunks = [write_cell(cell.kind, shown(project, cell, name), cell.options) for cell in cells]
+    lead = f"# Made from nb_src/{name}.py by tools/nb_convert.py: edit the sources instead."
+    return "\n\n".join([lead, *chunks]) + "\n"
 
 
 # ---- pull
@@ -365,15 +345,13 @@ def find_homes(path: Path, notebook: nbformat.NotebookNode, base: list[Cell], id
     cells = [cell for cell in notebook.cells if not PAPERMILL_TAGS & set(cell.metadata.get("tags", []))]
     by_id = dict(zip(ids, base, strict=True))
     by_place = {(cell.source.path, cell.index): cell for cell in base}
-    claims, origins = defaultdict(list), {}
+    origins = {}
     for number, cell in enumerate(cells):
         mark = cell.metadata.get("unrolled", {})
         origin = by_place.get((mark.get("source"), mark.get("cell"))) or by_id.get(cell.get("id"))
         origin = origin or by_id.get(cell.metadata.get("id"))  # Colab keeps ids there
-        if origin:
-            claims[origin].append(number)
-    for origin, numbers in claims.items():  # a copied cell takes its metadata along; the one with the id is the old one
-        origins[next((n for n in numbers if by_id.get(cells[n].get("id")) is origin), numbers[0])] = origin
+        if origin and origin not in origins.values():  # a copied or split cell takes its metadata along, and is new
+            origins[number] = origin
     homes, faults = [], []
     for number, cell in enumerate(cells):
         above = next((origins[n].source for n in range(number, -1, -1) if n in origins), None)
@@ -428,9 +406,9 @@ def prove(project: Project, name: str, path: Path, notebook: nbformat.NotebookNo
     have, want = plain_cells(notebook), plain_cells(build_notebook(after, name))
     if have != want:
         number = first_difference(have, want)
-        begins = first_line(have[number][1]) if number < len(have) else "(its end)"
-        hint = "was it moved among another file's cells, or does it hold a line like `# %%`?"
-        raise Refused(f"{lead}a build would not give back the cell that begins `{begins}`: {hint}")
+        mine, built = (first_line(cells[number][1]) if number < len(cells) else "" for cells in (have, want))
+        hint = "was a cell moved among those of another file, or does one hold a `# %%` or a form feed?"
+        raise Refused(f"{lead}where it has the cell `{mine}`, a build would put `{built}`: {hint}")
 
 
 # ---- new

@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import functools
 import io
 import json
 import subprocess
@@ -26,6 +27,7 @@ from nb_source import (
 )
 
 
+@functools.lru_cache(maxsize=256)
 def bindings(source: Source) -> dict[str, tuple[str, int]]:
     """Each top-level name of a source -> (what it means, line). An import means the same thing wherever it stands
     ("torch.nn"), a definition only here ("nanochat.optim.muon_step")."""
@@ -64,7 +66,8 @@ def import_fault(project: Project, source: Source, cell: Cell, node: ast.Import 
     defined = bindings(project.chapters[node.module])
     for alias in node.names:
         if alias.name not in defined:
-            return f"{node.module} defines no `{alias.name}`{nearest(alias.name, defined)}"
+            own = [name for name, (meaning, _) in defined.items() if meaning == f"{node.module}.{name}"]
+            return f"{node.module} defines no `{alias.name}`{nearest(alias.name, own)}"
         if defined[alias.name][0] != f"{node.module}.{alias.name}":
             return f"{node.module} only imports `{alias.name}`: import it from where it is defined"
     if node not in cell.tree.body:

@@ -6,6 +6,7 @@ A *fault* is one line for a person: "file:line: what is wrong and what to do".
 
 import ast
 import difflib
+import functools
 import io
 import re
 import tokenize
@@ -89,6 +90,7 @@ class Project:
         return {name: source for name, source in self.sources.items() if source.is_spine}
 
 
+@functools.lru_cache(maxsize=256)  # pull reads most of them twice; nothing changes a Source
 def read_source(path: str, text: str) -> Source:
     """Split a source into cells; raises Refused where it is not in the form that jupytext itself would write."""
     source, lines = Source(path, text), text.split("\n")
@@ -98,10 +100,10 @@ def read_source(path: str, text: str) -> Source:
         if line and line.splitlines() != [line]:
             strange = next(character for character in line if len(f".{character}.".splitlines()) > 1)
             raise Refused(source.fault(number, f"U+{ord(strange):04X} would end a line for jupytext: write an escape"))
-    parse(source, text)
+    parse(source, text, whole=True)
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     comments = [token for token in tokens if token.type == tokenize.COMMENT and token.start[1] == 0]
-    marks = [token.start[0] for token in comments if MARKER.match(token.line)]
+    marks = [token.start[0] for token in comments if MARKER.match(token.string)]
     source.header = "".join(line + "\n" for line in lines[: marks[0] - 1]) if marks else text
     if not marks or source.header.strip() and not source.header.startswith("# ---\n"):
         raise Refused(source.fault(1, "a source begins with a cell: write `# %%` or `# %% [markdown]` above this"))
@@ -114,39 +116,39 @@ def read_source(path: str, text: str) -> Source:
 
 
 def read_cell(source: Source, line: int, chunk: str) -> Cell:
-    found, *more = jupytext.reads(chunk, PERCENT).cells
+    bare = chunk.rstrip("\n")
+    found, *more = jupytext.reads(bare + "\n", PERCENT).cells
     if more:
         raise Refused(source.fault(line, "jupytext splits this cell: reword a comment in it like `# %%` or `# In[1]`"))
     options = {key: value for key, value in found.metadata.items() if key != "lines_to_next_cell"}
     active = [tag for tag in options.get("tags", []) if tag.startswith("active")]  # jupytext comments such cells out
     for option in [key for key in options if key not in KEPT_OPTIONS] + active:
         raise Refused(source.fault(line, f"no notebook built here keeps the cell option `{option}`: remove it"))
-    text = found.source.rstrip("\n") if found.cell_type == "code" else found.source
-    if found.cell_type == "code" and text[:1].isspace() and text.strip():
-        raise Refused(source.fault(line + 1, "begin a cell with a line that is neither blank nor indented"))
-    bare = chunk.rstrip("\n")
-    written = write_cell(found.cell_type, text, options)
+    written = write_cell(found.cell_type, found.source, options)
     if bare != written:
         pairs = zip((bare + "\n").split("\n"), (written + "\n").split("\n"), strict=False)
         number, (have, want) = next((n, pair) for n, pair in enumerate(pairs, line) if pair[0] != pair[1])
         raise Refused(source.fault(number, f"write `{want}`, as jupytext does, instead of `{have}`"))
-    cell = Cell(source, len(source.cells), line, found.cell_type, text, options, bare, chunk[len(bare) :])
+    cell = Cell(source, len(source.cells), line, found.cell_type, found.source, options, bare, chunk[len(bare) :])
     if cell.kind == "code":
-        cell.tree = parse(source, "\n" * line + text)
+        cell.tree = parse(source, "\n" * line + cell.text)
     return cell
 
 
 def write_cell(kind: str, text: str, options: dict) -> str:
-    """One cell in percent format as jupytext writes it, without the blank lines after it."""
+    """One cell in percent format as jupytext writes it, without the blank lines after it (and without the indentation
+    of the marker, which jupytext takes from the first line)."""
     metadata = {"jupytext": {"notebook_metadata_filter": "-all"}}
     notebook = new_notebook(cells=[NEW_CELL[kind](text, metadata=options)], metadata=metadata)
-    return jupytext.writes(notebook, PERCENT).rstrip("\n")
+    return jupytext.writes(notebook, PERCENT).lstrip(" \t").rstrip("\n")
 
 
-def parse(source: Source, text: str) -> ast.Module:
+def parse(source: Source, text: str, whole: bool = False) -> ast.Module:
     try:
-        compile(text, source.path, "exec", dont_inherit=True)
-        return ast.parse(text)
+        tree = ast.parse(text)
+        if whole:
+            compile(tree, source.path, "exec", dont_inherit=True)  # finds a `return` outside a function and its like
+        return tree
     except SyntaxError as error:
         line = text.split("\n")[(error.lineno or 1) - 1].strip()
         hint = " (only IPython knows such lines: write Python)" if line.startswith(("%", "!")) else ""
@@ -179,10 +181,11 @@ def read_project(root: Path, texts: dict[str, str] | None = None) -> Project:
 
 def is_local(project: Project, node: ast.AST) -> bool:
     """Is this an import of something under nb_src?"""
+    if not isinstance(node, (ast.Import, ast.ImportFrom)):
+        return False
+    modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
     tops = {module.split(".")[0] for module in project.sources}
-    if isinstance(node, ast.Import):
-        return any(alias.name.split(".")[0] in tops for alias in node.names)
-    return isinstance(node, ast.ImportFrom) and (node.level > 0 or node.module.split(".")[0] in tops)
+    return getattr(node, "level", 0) > 0 or any(module.split(".")[0] in tops for module in modules)
 
 
 def local_imports(project: Project, cell: Cell) -> list[ast.ImportFrom]:

@@ -6,8 +6,8 @@
 # with FlashAttention's signature and does not know who answers.
 #
 # The implementation here is PyTorch's own. Two facts shape it. A boolean T×T mask throws most of the work away after
-# doing it, so a window is computed as a band of blocks instead. And on a CPU two batched products with a softmax between them,
-# compiled together, beat the built-in kernel several times over at training lengths.
+# doing it, so a window is computed as a band of blocks instead. And on a CPU two batched products with a softmax
+# between them, compiled together, beat the built-in kernel several times over at training lengths.
 
 # %%
 from collections.abc import Callable
@@ -33,7 +33,8 @@ def band_mask(q_positions: torch.Tensor, k_positions: torch.Tensor, left: int) -
 # %% [markdown]
 # ### `blocked_attention`
 # The CPU's way. Queries are taken in blocks; each block multiplies only the keys that some query in it can see, which
-# skips the upper triangle of a causal layer and everything left of a window. Scores stay in the compute dtype, the softmax is fp32.
+# skips the upper triangle of a causal layer and everything left of a window. Scores stay in the compute dtype, the
+# softmax is fp32.
 
 # %%
 CPU_QUERY_BLOCK = 128  # 64 loses to call overhead, 256 computes more of the masked triangle
@@ -57,13 +58,13 @@ def blocked_attention(q, k, v, left: int):  # (B, H, T, D) each
 
 # %% [markdown]
 # ### `banded_sdpa`
-# The GPU's way for windows. Cut the sequence into blocks as long as the window: each block then needs only itself and the one before, so
-# memory and time grow with T·left instead of T².
+# The GPU's way for windows. Cut the sequence into blocks as long as the window: each block then needs only itself and
+# the one before, so memory and time grow with T·left instead of T².
 
 
 # %%
 def banded_sdpa(q, k, v, left: int):  # q (B, H, T, D), k and v (B, H_kv, T, D)
-    """Sliding-window causal attention through SDPA over pairs of neighbouring blocks, (B, H, T, D). Needs 0 < left < T."""
+    """Sliding-window causal attention over pairs of neighbouring blocks, (B, H, T, D). Needs 0 < left < T."""
     B, H, T, D = q.shape
     blocks = -(-T // left)
     padding = blocks * left - T
@@ -86,7 +87,8 @@ def banded_sdpa(q, k, v, left: int):  # q (B, H, T, D), k and v (B, H_kv, T, D)
 
 # %% [markdown]
 # ### `sdpa_attention` and `sdpa_with_kvcache`
-# The two entry points of this implementation: a whole sequence when training, a few new tokens against a cache when generating.
+# The two entry points of this implementation: a whole sequence when training, a few new tokens against a cache when
+# generating.
 
 
 # %%
@@ -130,8 +132,8 @@ def sdpa_with_kvcache(q, k_cache, v_cache, k, v, position: int, window_size: tup
 
 # %% [markdown]
 # ### `flash_attn`
-# The public surface, and the place where a faster kernel signs in. A backend is two functions with the signatures above and a test
-# for whether it can run here; nothing is ever replaced silently.
+# The public surface, and the place where a faster kernel signs in. A backend is two functions with the signatures
+# above and a test for whether it can run here; nothing is ever replaced silently.
 
 
 # %%
@@ -184,6 +186,8 @@ class FlashAttention:
         if not causal:
             raise ValueError("this model only ever looks back: call with causal=True")
         position = int(cache_seqlens[0]) - (q.size(1) if k is None else 0)
+        if position + q.size(1) > k_cache.size(1):
+            raise ValueError(f"{position + q.size(1)} tokens are too many: the cache holds {k_cache.size(1)} positions")
         return self.selected.cached(q, k_cache, v_cache, k, v, position, window_size)
 
 

@@ -3,9 +3,9 @@
 #
 # Read text, predict the next token, correct the weights, several hundred thousand tokens at a time.
 #
-# The loop is a generator. It yields one record for each step and whoever calls it draws, prints or logs. It can be killed at any
-# moment: started again with the same settings it continues from its last checkpoint and computes exactly the numbers that it
-# would have computed.
+# The loop is a generator. It yields one record for each step and whoever calls it draws, prints or logs. It can be
+# killed at any moment: started again with the same settings it continues from its last checkpoint and computes
+# exactly the numbers that it would have computed.
 
 # %%
 import gc
@@ -22,8 +22,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nanochat.checkpoint_manager import delete_old_checkpoints, find_last_step, load_checkpoint, read_meta, save_checkpoint
+from nanochat.checkpoint_manager import (
+    delete_old_checkpoints,
+    find_last_step,
+    load_checkpoint,
+    read_meta,
+    save_checkpoint,
+)
 from nanochat.dataloader import (
+    merge_loader_states,
     tokenizing_distributed_data_loader_bos_bestfit,
     tokenizing_distributed_data_loader_with_state_bos_bestfit,
 )
@@ -47,8 +54,8 @@ from nanochat.tokenizer import get_token_bytes
 
 # %% [markdown]
 # ### `TrainRecord`
-# What one step leaves behind. The records also go to a small log beside the checkpoints, one line of JSON each, so that a resumed or
-# finished run can draw its whole curve.
+# What one step leaves behind. The records also go to a small log beside the checkpoints, one line of JSON each, so
+# that a resumed or finished run can draw its whole curve.
 
 
 # %%
@@ -109,7 +116,7 @@ class TrainLog:
 
 # %%
 class StopRequest:
-    """Context manager that turns SIGINT and SIGTERM into a flag. Signals reach the main thread only; elsewhere it is idle."""
+    """Context manager that turns SIGINT and SIGTERM into a flag; idle outside the main thread, where none arrive."""
 
     def __init__(self):
         self.requested, self.previous = False, {}
@@ -148,7 +155,8 @@ def compiler_works(device: torch.device) -> tuple[bool, str]:
 
 # %% [markdown]
 # ### `sample_text`
-# Seven beginnings that show what a small model picks up first: facts, patterns, then arithmetic, in that order or never.
+# Seven beginnings that show what a small model picks up first: facts, patterns, then arithmetic, in that order or
+# never.
 
 # %%
 SAMPLE_PROMPTS = (
@@ -166,23 +174,27 @@ def sample_text(model: GPT, tokenizer, prompts=SAMPLE_PROMPTS, max_tokens: int =
     """Each prompt with its greedy continuation."""
     engine = Engine(model, tokenizer)
     bos = tokenizer.get_bos_token_id()
-    rows = (engine.generate_batch(tokenizer.encode(p, prepend=bos), max_tokens=max_tokens, temperature=0) for p in prompts)
+    rows = (
+        engine.generate_batch(tokenizer.encode(p, prepend=bos), max_tokens=max_tokens, temperature=0) for p in prompts
+    )
     return tuple(tokenizer.decode(results[0][1:]) for results, _ in rows)
 
 
 # %% [markdown]
 # ### `pretrain`
-# The loop. In words: at some steps measure, sample and save; fetch a batch and accumulate gradients until the step has its tokens; set
-# the schedules; update.
+# The loop. In words: at some steps measure, sample and save; fetch a batch and accumulate gradients until the step
+# has its tokens; set the schedules; update.
 
 
 # %%
-def pretrain(plan: PretrainPlan, corpus, tokenizer, device: torch.device, compute_dtype: torch.dtype, compile_model=True):
+def pretrain(
+    plan: PretrainPlan, corpus, tokenizer, device: torch.device, compute_dtype: torch.dtype, compile_model=True
+):
     """Train a base model, or go on training it; yields a TrainRecord for each step and one after the last.
 
     Steps that an earlier run has done come first, from its log (`record.replayed`). Checkpoints go to
-    `plan.settings.checkpoint_dir`; the newest that fits the plan is continued from, exactly. Raises KeyboardInterrupt after
-    saving when asked to stop. Every process of the group must iterate.
+    `plan.settings.checkpoint_dir`; the newest that fits the plan is continued from, exactly. Raises KeyboardInterrupt
+    after saving when asked to stop. Every process of the group must iterate.
     """
     settings, folder = plan.settings, plan.settings.checkpoint_dir
     _, rank, _, world_size = get_dist_info()
@@ -192,7 +204,8 @@ def pretrain(plan: PretrainPlan, corpus, tokenizer, device: torch.device, comput
     finished = first_step == plan.iterations
     history = log.keep_before(first_step, keep_evaluation=finished) if rank == 0 else []
     if first_step:
-        print0(f"{Path(folder).name}: " + ("finished earlier, nothing to do" if finished else f"going on from step {first_step}"))
+        what_now = "finished earlier, nothing to do" if finished else f"going on from step {first_step}"
+        print0(f"{Path(folder).name}: {what_now}")
     yield from history
     if finished:
         return
@@ -217,18 +230,20 @@ def pretrain(plan: PretrainPlan, corpus, tokenizer, device: torch.device, comput
         loop_state = meta["loop_state"]
         ema_loss, total_seconds = loop_state["smooth_train_loss"], loop_state["total_training_time"]
         min_val_bpb = math.inf if loop_state["min_val_bpb"] is None else loop_state["min_val_bpb"]
-        loader_state = meta["dataloader_state_dict"][rank]
+        loader_state = meta["dataloader_state_dict"]
     if compile_model:
         works, reason = compiler_works(device)
         if works:
             model.compile(settings.device_batch_size, settings.max_seq_len)
             optimizer.compile()
         else:
-            print0(f"torch.compile is not available here ({reason}); training eagerly, which is slower and otherwise the same")
+            print0(f"torch.compile is not available here ({reason}); training eagerly: slower, otherwise the same")
 
     def loader_of(split, **more):
-        make = tokenizing_distributed_data_loader_bos_bestfit if split == "val" else (
-            tokenizing_distributed_data_loader_with_state_bos_bestfit
+        make = (
+            tokenizing_distributed_data_loader_bos_bestfit
+            if split == "val"
+            else (tokenizing_distributed_data_loader_with_state_bos_bestfit)
         )
         return make(
             tokenizer, settings.device_batch_size, settings.max_seq_len, split, device=device, corpus=corpus, **more
@@ -248,9 +263,10 @@ def pretrain(plan: PretrainPlan, corpus, tokenizer, device: torch.device, comput
         save_checkpoint(
             folder, step, model.state_dict(), optimizer.state_dict(),
             {
-                "step": step, "val_bpb": val_bpb, "model_config": asdict(plan.model_config), "user_config": asdict(settings),
-                "device_batch_size": settings.device_batch_size, "max_seq_len": settings.max_seq_len,
-                "total_batch_size": plan.total_batch_size, "dataloader_state_dict": states,
+                "step": step, "val_bpb": val_bpb, "model_config": asdict(plan.model_config),
+                "user_config": asdict(settings), "device_batch_size": settings.device_batch_size,
+                "max_seq_len": settings.max_seq_len,
+                "total_batch_size": plan.total_batch_size, "dataloader_state_dict": merge_loader_states(states),
                 "loop_state": {"min_val_bpb": min_val_bpb if math.isfinite(min_val_bpb) else None,
                                "smooth_train_loss": ema_loss, "total_training_time": total_seconds},
                 "fingerprint": fingerprint, "world_size": world_size, "tokenizer_fingerprint": tokenizer.fingerprint(),
@@ -312,8 +328,8 @@ def pretrain(plan: PretrainPlan, corpus, tokenizer, device: torch.device, comput
             train_loss = loss_sum / world_size
             if not math.isfinite(train_loss):
                 raise UserError(
-                    f"the loss became {train_loss} at step {step}. Lower the learning rates (matrix_lr, embedding_lr) and "
-                    "run again: it continues from the last checkpoint, or from the start if there is none."
+                    f"the loss became {train_loss} at step {step}. Lower the learning rates (matrix_lr, embedding_lr) "
+                    "and run again."
                 )
             ema_loss = 0.9 * ema_loss + 0.1 * train_loss
             timed_steps = step - first_step - 10  # the first steps of each process compile and warm up
@@ -327,7 +343,9 @@ def pretrain(plan: PretrainPlan, corpus, tokenizer, device: torch.device, comput
                 lr_multiplier=multiplier,
                 seconds=seconds,
                 tokens_per_second=plan.total_batch_size / seconds,
-                mfu=plan.flops_per_token * plan.total_batch_size / seconds / peak_flops if peak_flops < math.inf else None,
+                mfu=plan.flops_per_token * plan.total_batch_size / seconds / peak_flops
+                if peak_flops < math.inf
+                else None,
                 epoch=epoch,
                 total_seconds=total_seconds,
                 eta_seconds=(plan.iterations - step) * process_seconds / timed_steps if timed_steps > 0 else None,
@@ -350,8 +368,8 @@ def pretrain(plan: PretrainPlan, corpus, tokenizer, device: torch.device, comput
 
 # %% [markdown]
 # ### What the loop leans on
-# Small helpers with one reason each. Python's garbage collector is one of them: it stops the world for half a second whenever it
-# feels like it, so after the first step it is told not to.
+# Small helpers with one reason each. Python's garbage collector is one of them: it stops the world for half a second
+# whenever it feels like it, so after the first step it is told not to.
 
 
 # %%
@@ -423,7 +441,35 @@ def find_resumable(folder: str, fingerprint: str, world_size: int) -> tuple[int,
         return 0, None
     if meta["world_size"] != world_size and step:
         raise UserError(
-            f"checkpoint {Path(folder).name} was written by {meta['world_size']} processes and this run has {world_size}. "
-            f"Start {meta['world_size']}, or give this run another model_tag."
+            f"checkpoint {Path(folder).name} was written by {meta['world_size']} processes and this run has "
+            f"{world_size}. Start {meta['world_size']}, or give this run another model_tag."
         )
     return step, meta
+
+
+# %% [markdown]
+# ### `summarize_training`
+# What is left of a training when it is over, for the table and the report.
+
+
+# %%
+def summarize_training(records: list[TrainRecord], device: torch.device, price_per_hour: float = 0.0) -> dict:
+    """Best and last bits per byte, FLOPs, minutes, and where known MFU, GPU memory and price. Spec section 14.6."""
+    evaluations = [record.val_bpb for record in records if record.val_bpb is not None]
+    speeds = sorted(record.tokens_per_second for record in records if record.loss is not None)
+    utilisations = sorted(record.mfu for record in records if record.mfu)
+    last = records[-1]
+    summary = {
+        "Minimum validation bpb": min(evaluations),
+        "Final validation bpb": evaluations[-1],
+        "Total training flops": f"{last.total_flops:e}",
+        "Total training time": f"{last.total_seconds / 60:.2f}m",
+        "Median tokens per second": round(speeds[len(speeds) // 2]),
+    }
+    if utilisations:
+        summary["MFU %"] = 100 * utilisations[len(utilisations) // 2]
+    if device.type == "cuda":
+        summary["Peak memory usage"] = f"{torch.cuda.max_memory_allocated(device) / 2**20:.2f}MiB"
+    if price_per_hour:
+        summary["Price of the training"] = f"${price_per_hour * last.total_seconds / 3600:.2f}"
+    return summary

@@ -300,8 +300,8 @@ def check_file(path: Path, meta: dict) -> None:
     if file_record(path) != meta["files"].get(path.name):
         step = re.search(r"\d+", path.name)[0]
         raise UserError(
-            f"{path} is damaged (not the bytes that were saved). To go on from an older checkpoint, delete meta_{step}.json "
-            "beside it."
+            f"{path} is damaged (not the bytes that were saved). "
+            f"To go on from an older checkpoint, delete meta_{step}.json beside it."
         )
 
 

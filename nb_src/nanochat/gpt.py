@@ -4,8 +4,8 @@
 # A GPT as it is built in 2026. Against GPT-2: rotary positions instead of learned ones, RMS norm without parameters,
 # no biases, squared ReLU, normalised queries and keys, an embedding that is not tied to the output head, and logits
 # held softly within ±15. Three cheaper ideas help small models a lot: every layer mixes the first embedding back in
-# with a learned weight, every second layer adds a *value embedding* (a table of values looked up by token, at no cost in
-# FLOPs), and most layers look only half as far back.
+# with a learned weight, every second layer adds a *value embedding* (a table of values looked up by token, at no cost
+# in FLOPs), and most layers look only half as far back.
 #
 # Shapes in comments: B sequences, T tokens, C model width, H heads, D head width, V vocabulary.
 
@@ -38,7 +38,7 @@ class GPTConfig:
     n_head: int = 6
     n_kv_head: int = 6
     n_embd: int = 768
-    window_pattern: str = "SSSL"  # tiled over the layers: L looks back sequence_len tokens, S half of that; the last is L
+    window_pattern: str = "SSSL"  # tiled over the layers: L sees sequence_len tokens back, S half; the last is L
     rope_base: float = 10000.0
     logit_softcap: float = 15.0
     ve_gate_channels: int = 32  # input channels that decide how much value embedding a head takes
@@ -51,7 +51,9 @@ class GPTConfig:
                 "channels must be a multiple of heads, and heads of key-value heads."
             )
         if not self.window_pattern or set(self.window_pattern.upper()) - set("SL"):
-            raise UserError(f"window_pattern is {self.window_pattern!r}; it is made of the letters S and L, such as SSSL.")
+            raise UserError(
+                f"window_pattern is {self.window_pattern!r}; it is made of the letters S and L, as SSSL is."
+            )
         if self.n_embd < self.ve_gate_channels:
             raise UserError(f"{self.n_embd} channels are fewer than the {self.ve_gate_channels} that the gates read.")
 
@@ -79,8 +81,8 @@ class GPTConfig:
 # %% [markdown]
 # ### Small parts
 # Weights live in fp32 and are cast where they are used, so the optimizer sees every bit of a small update and the
-# matrix product still runs in the fast dtype. The rotation turns each half-pair of channels by an angle that grows with the position
-# (by −θ: the mirror image of the textbook form, kept so that checkpoints stay readable).
+# matrix product still runs in the fast dtype. The rotation turns each half-pair of channels by an angle that grows
+# with the position (by −θ: the mirror image of the textbook form, kept so that checkpoints stay readable).
 
 
 # %%
@@ -107,9 +109,9 @@ def apply_rotary_emb(x, cos, sin):  # x (B, T, H, D); cos and sin (1, T, 1, D/2)
 
 # %% [markdown]
 # ### `CausalSelfAttention`
-# Queries and keys are rotated, then normalised, which bounds the logits and lets the learning rate be large.
-# On layers with a value embedding each head decides per token, from a few input channels, how much of the looked-up value to add; a gate of
-# zero weights gives exactly 1, so training starts from a plain sum.
+# Queries and keys are rotated, then normalised, which bounds the logits and lets the learning rate be large. On
+# layers with a value embedding each head decides per token, from a few input channels, how much of the looked-up
+# value to add; a gate of zero weights gives exactly 1, so training starts from a plain sum.
 
 
 # %%
@@ -181,9 +183,9 @@ class Block(nn.Module):
 
 # %% [markdown]
 # ### The loss, without the logits
-# For 32,768 sequences-of-tokens-by-vocabulary the logits are the largest tensor of the whole step, by far, and they are only needed to be
-# summed. So they are made a chunk of rows at a time: loss, gradient, next chunk. The soft cap has a second use here: logits
-# within ±15 can be exponentiated as they are, without looking for the maximum first.
+# For 32,768 sequences-of-tokens-by-vocabulary the logits are the largest tensor of the whole step, by far, and they
+# are only needed to be summed. So they are made a chunk of rows at a time: loss, gradient, next chunk. The soft cap
+# has a second use here: logits within ±15 can be exponentiated as they are, without looking for the maximum first.
 
 # %%
 LOSS_CHUNK_ROWS = 512  # rows of logits alive at once: large enough for full-speed products, small enough for the cache
@@ -191,7 +193,7 @@ LOSS_CHUNK_ROWS = 512  # rows of logits alive at once: large enough for full-spe
 
 def capped_logits(logits, softcap: float):
     """softcap · tanh(logits / softcap) in fp32."""
-    # tanh through exp: half the time of the library's tanh on a CPU, and the error (1e-6) is far below the softcap's effect
+    # tanh through exp: half the time of the library's tanh on a CPU, with an error of 1e-6
     return softcap - 2 * softcap / (torch.exp(logits.float() * (2 / softcap)) + 1)
 
 
@@ -313,14 +315,14 @@ class GPT(nn.Module):
     def compile(self, batch_size: int, length: int) -> None:
         """Compile the blocks and the loss for training batches of exactly this shape; other shapes run eagerly.
 
-        One block is compiled instead of the whole model: the layers share its code, so the wait does not grow with depth.
+        One block is compiled, not the whole model: layers share its code, so the wait does not grow with depth.
         """
         self.compiled_shape = (batch_size, length)
         for function in (Block.forward, chunk_losses, chunk_losses_and_gradient):
             self.compiled[function] = torch.compile(function, dynamic=False)
 
     def compiled_for(self, idx) -> dict:
-        """The compiled functions, if they are for this batch. Evaluation is too short to earn a compilation back on a CPU."""
+        """The compiled functions, if they are for this batch. On a CPU, evaluation is too short to earn one back."""
         pays = torch.is_grad_enabled() or idx.is_cuda
         return self.compiled if pays and idx.shape == self.compiled_shape else {}
 
@@ -370,7 +372,7 @@ class GPT(nn.Module):
         return losses if loss_reduction == "none" else losses.sum() / (targets >= 0).sum().clamp(min=1)
 
     def num_scaling_params(self) -> dict[str, int]:
-        """Parameter counts by role. Scaling laws count the matrices and the head: what is multiplied for every token."""
+        """Parameter counts by role. Scaling laws count matrices and head: what is multiplied for every token."""
         counts = {
             "wte": self.transformer["wte"].weight.numel(),
             "value_embeds": sum(p.numel() for p in self.value_embeds.parameters()),
@@ -383,7 +385,7 @@ class GPT(nn.Module):
         return counts
 
     def estimate_flops(self) -> int:
-        """Training FLOPs per token: 6 for each multiplied weight, and attention, causality not discounted. Spec section 9.3."""
+        """Training FLOPs per token: 6 for each multiplied weight, plus attention without a discount for causality."""
         counts, T = self.num_scaling_params(), self.config.sequence_len
         seen = sum(T if left < 0 else min(left, T) for left, _ in self.window_sizes)
         return 6 * (counts["transformer_matrices"] + counts["lm_head"]) + 12 * self.config.n_embd * seen

@@ -46,8 +46,8 @@ def evaluate_bpb(model, batches, steps: int, token_bytes: torch.Tensor) -> float
 
 # %% [markdown]
 # ### `every_byte_batches`
-# Training batches drop the ends of documents that do not fit. To compare with a compressor every byte must be paid for exactly once, so here the text
-# runs on from row to row and nothing is left out.
+# Training batches drop the ends of documents that do not fit. To compare with a compressor every byte must be paid
+# for exactly once, so here the text runs on from row to row and nothing is left out.
 
 
 # %%

@@ -14,8 +14,8 @@
 import ast
 import gc
 import hashlib
+import importlib.machinery
 import importlib.metadata
-import importlib.util
 import inspect
 import os
 import random
@@ -56,7 +56,7 @@ def offline_folders() -> dict[str, list[str]]:
     """Name → folders with its Python files, in reading order, of everything in the list that is installed."""
     folders = {"python": [sysconfig.get_paths()["stdlib"]]}
     for name in OFFLINE_PACKAGES:
-        spec = importlib.util.find_spec(name)  # finds a top-level package without running it
+        spec = importlib.machinery.PathFinder.find_spec(name)  # looks, and runs nothing
         if spec is not None and spec.submodule_search_locations:
             folders[name] = sorted(spec.submodule_search_locations)
     return folders
@@ -117,14 +117,14 @@ def attached_docstring(call: ast.Call):
         return
     nodes = list(ast.walk(call))
     formatted = [node.value for node in nodes if isinstance(node, ast.Attribute) and node.attr == "format"]
+    strings = [node for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     names, parts = [], []
-    for node in nodes:
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            text = node.value
-            if node in formatted:  # what str.format would fill in is left out, its doubled braces are undone
-                text = re.sub(r"^\s*\{\w+\}\s*?\n", "", text, flags=re.MULTILINE)
-                text = text.replace("{{", "{").replace("}}", "}")
-            (names if re.fullmatch(r"[\w.]+", text) else parts).append(text)
+    for node in sorted(strings, key=lambda node: (node.lineno, node.col_offset)):
+        text = node.value
+        if node in formatted:  # what str.format would fill in is left out, its doubled braces are undone
+            text = re.sub(r"^\s*\{\w+\}\s*?\n", "", text, flags=re.MULTILINE)
+            text = text.replace("{{", "{").replace("}}", "}")
+        (names if re.fullmatch(r"[\w.]+", text) else parts).append(text)
     described = call.args[0] if call.args else None
     name = ast.unparse(described) if isinstance(described, ast.Attribute) else ".".join(names)
     yield name, inspect.cleandoc("".join(parts))
@@ -236,6 +236,7 @@ def collect_offline_documents(max_characters: int = OFFLINE_CHARACTERS) -> list[
                 if sum(map(len, in_triple_quotes)) < 300 and module != "pydoc_data.topics":
                     continue
                 for text in documents_of_module(source, module, paragraph_filter):
+                    text = text.encode("utf-8", "ignore").decode("utf-8")  # some hold half a surrogate pair
                     if is_english(text):
                         documents.append(OfflineDocument(package, text))
                         characters += len(text)

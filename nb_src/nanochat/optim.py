@@ -16,8 +16,8 @@ from nanochat.runtime import is_ddp_initialized
 
 # %% [markdown]
 # ### `adamw_step_fused`
-# Hyper-parameters arrive as zero-dimensional tensors: a compiled kernel would treat Python numbers as constants and recompile at every
-# step of the schedule.
+# Hyper-parameters arrive as zero-dimensional tensors: a compiled kernel would treat Python numbers as constants and
+# recompile at every step of the schedule.
 
 
 # %%
@@ -32,8 +32,8 @@ def adamw_step_fused(p, grad, exp_avg, exp_avg_sq, step_t, lr_t, beta1_t, beta2_
 
 # %% [markdown]
 # ### `polar_express`
-# Five odd polynomials, composed, push every singular value towards one. Their coefficients are the fastest possible for five steps
-# (Amsel et al. 2025); nothing but matrix products, so it runs at full speed in bf16.
+# Five odd polynomials, composed, push every singular value towards one. Their coefficients are the fastest possible
+# for five steps (Amsel et al. 2025); nothing but matrix products, so it runs at full speed in bf16.
 
 # %%
 POLAR_EXPRESS_COEFFICIENTS = (
@@ -58,8 +58,8 @@ def polar_express(x, steps: int = 5):  # (K, m, n)
 
 # %% [markdown]
 # ### `muon_step_fused`
-# Around the orthogonalisation stand three refinements: Nesterov momentum, a per-row normaliser that evens out rows with large updates
-# while keeping the total (NorMuon), and weight decay only where it agrees with the update.
+# Around the orthogonalisation stand three refinements: Nesterov momentum, a per-row normaliser that evens out rows
+# with large updates while keeping the total (NorMuon), and weight decay only where it agrees with the update.
 
 
 # %%
@@ -101,8 +101,8 @@ all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_in
 
 # %% [markdown]
 # ### `MuonAdamW`
-# With several processes a step has three phases, so that the network and the arithmetic overlap: start all reductions; as each arrives,
-# update the share that is ours and start sending it back; wait for the last.
+# With several processes a step has three phases, so that the network and the arithmetic overlap: start all
+# reductions; as each arrives, update the share that is ours and start sending it back; wait for the last.
 
 # %%
 SMALL_PARAMETER = 1024  # elements; below this, sharding costs more than it saves and every process updates the whole
@@ -129,7 +129,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if is_ddp_initialized() else (0, 1)
 
     def compile(self) -> None:
-        """Compile the update kernels. On a CPU only AdamW's: Muon there is matrix products that no compiler improves."""
+        """Compile the update kernels; on a CPU only AdamW's, since Muon there is matrix products."""
         self.adamw_kernel = torch.compile(adamw_step_fused, dynamic=False, fullgraph=True)
         if self.param_groups[0]["params"][0].is_cuda:
             self.muon_kernel = torch.compile(muon_step_fused, dynamic=False, fullgraph=True)

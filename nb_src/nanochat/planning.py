@@ -1,9 +1,9 @@
 # %% [markdown]
 # ## From one dial to a plan
 #
-# Everything about a training run follows from the depth: it gives the width, the width gives the number of parameters, the parameters
-# give the amount of text, and the amount of text gives the batch size. So the whole run is known before a byte
-# is downloaded: a model on PyTorch's meta device has shapes and no memory.
+# Everything about a training run follows from the depth: it gives the width, the width gives the number of
+# parameters, the parameters give the amount of text, and the amount of text gives the batch size. So the whole run is
+# known before a byte is downloaded: a model on PyTorch's meta device has shapes and no memory.
 
 # %%
 import math
@@ -59,9 +59,9 @@ class PretrainSettings:
 
 # %% [markdown]
 # ### `plan_pretraining`
-# From the dials to the numbers: a model on the meta device costs nothing, so parameters, FLOPs, batch size and number of
-# steps are known before anything is downloaded. Learning rates grow with the square root of the batch, and weight decay falls with the square of
-# the depth.
+# From the dials to the numbers: a model on the meta device costs nothing, so parameters, FLOPs, batch size and number
+# of steps are known before anything is downloaded. Learning rates grow with the square root of the batch, and weight
+# decay falls with the square of the depth.
 
 # %%
 REFERENCE_DEPTH, REFERENCE_BATCH = 12, 2**19  # where the learning rates and the weight decay were tuned
@@ -122,7 +122,9 @@ def plan_pretraining(settings: PretrainSettings, vocab_size: int) -> PretrainPla
     batch = settings.total_batch_size
     if batch <= 0:  # the best batch grows with the 0.383th power of the training tokens (Bergsma et al. 2025)
         if target_tokens <= 0:
-            raise UserError("total_batch_size = -1 needs target_param_data_ratio > 0 to be worked out; set one of them.")
+            raise UserError(
+                "total_batch_size -1 is worked out from target_param_data_ratio; set one of the two above 0."
+            )
         reference_tokens = settings.target_param_data_ratio * reference_params
         batch = 2 ** round(math.log2(REFERENCE_BATCH * (target_tokens / reference_tokens) ** 0.383))
     world_size = get_dist_info()[3]
@@ -141,7 +143,9 @@ def plan_pretraining(settings: PretrainSettings, vocab_size: int) -> PretrainPla
     elif target_tokens > 0:
         iterations = target_tokens // batch
     else:
-        raise UserError("set one of num_iterations, target_flops or target_param_data_ratio above 0: it decides when to stop.")
+        raise UserError(
+            "one of num_iterations, target_flops and target_param_data_ratio must be above 0, to know the end."
+        )
     if iterations < 1:
         raise UserError(f"the horizon is shorter than one step of {batch} tokens; raise it or lower total_batch_size.")
     return PretrainPlan(
@@ -160,8 +164,8 @@ def plan_pretraining(settings: PretrainSettings, vocab_size: int) -> PretrainPla
 
 # %% [markdown]
 # ### Schedules
-# Full speed for the first half, then a straight line down to zero. Muon's momentum starts low, while the gradients still change
-# direction quickly, and its weight decay fades over the run.
+# Full speed for the first half, then a straight line down to zero. Muon's momentum starts low, while the gradients
+# still change direction quickly, and its weight decay fades over the run.
 
 
 # %%
@@ -190,8 +194,8 @@ def muon_weight_decay(plan: PretrainPlan, step: int) -> float:
 
 # %% [markdown]
 # ### `estimate_minutes`
-# Nobody should have to start a run to learn whether it takes a coffee or a night. On a GPU the estimate is 45 % of the peak, a usual share; on a
-# CPU, which has no data sheet worth reading, a few matrix products are timed first.
+# Nobody should have to start a run to learn whether it takes a coffee or a night. On a GPU the estimate is 45 % of
+# the peak, a usual share; on a CPU, which has no data sheet worth reading, a few matrix products are timed first.
 
 
 # %%

@@ -24,7 +24,8 @@ from filelock import FileLock, Timeout
 
 # %% [markdown]
 # ### `UserError`
-# Some failures are not bugs but a wrong number in a cell. They deserve one sentence instead of forty lines of traceback.
+# Some failures are not bugs but a wrong number in a cell. They deserve one sentence instead of forty lines of
+# traceback.
 
 
 # %%
@@ -193,8 +194,8 @@ def download_file_with_lock(url: str, filename: str, postprocess_fn=None) -> str
 # %% [markdown]
 # ### Device and precision
 # bf16 wherever the hardware multiplies it natively, fp32 elsewhere. A T4 claims to support bf16 and emulates it many
-# times slower, so the answer comes from the compute capability. Recent server CPUs have bf16 instructions too and double
-# their speed with them.
+# times slower, so the answer comes from the compute capability. Recent server CPUs have bf16 instructions too and
+# double their speed with them.
 
 
 # %%
@@ -290,7 +291,7 @@ def rank0_first():
 # What the tensor cores could do if nothing else took time: the denominator of model FLOPs utilisation (MFU).
 
 # %%
-# Dense bf16 TFLOPS by device name (NVIDIA and AMD data sheets). All words of a row must occur; the first row that matches wins.
+# Dense bf16 TFLOPS by device name, from data sheets. All words of a row must occur; the first match wins.
 PEAK_TFLOPS = (
     (("gb200",), 2500), (("grace blackwell",), 2500), (("b200",), 2250), (("b100",), 1800),
     (("h200", "nvl"), 836), (("h200", "pcie"), 836), (("h200",), 989),

@@ -1,9 +1,9 @@
 # %% [markdown]
 # ## Parameters
 #
-# The parameter cell holds plain values and nothing else, so that papermill, Colab's forms and a command line can all replace
-# them. `-1` and `""` mean "decide for me": a preset fills them in. This chapter checks what was asked for before anything
-# slow happens; a misspelt name should cost a second, not an afternoon.
+# The parameter cell holds plain values and nothing else, so that papermill, Colab's forms and a command line can all
+# replace them. `-1` and `""` mean "decide for me": a preset fills them in. This chapter checks what was asked for
+# before anything slow happens; a misspelt name should cost a second, not an afternoon.
 
 # %%
 import argparse
@@ -16,8 +16,8 @@ from nanochat.runtime import UserError
 
 # %% [markdown]
 # ### `PRESETS`
-# One column for each kind of machine. `a100` is the original d12 run, value for value. `cpu` is the same pipeline at the size of a coffee break; its
-# learning rates were found on that size.
+# One column for each kind of machine. `a100` is the original d12 run, value for value. `cpu` is the same pipeline at
+# the size of a coffee break; its learning rates were found on that size.
 
 # %%
 D12_RUN = dict(
@@ -78,8 +78,8 @@ def resolve_parameters(cell: dict, arguments: list[str] | None = None) -> dict:
         defaults = defaults | {name: -1 for name in HORIZONS}
     filled = {name: value if is_given(value) else defaults.get(name, value) for name, value in chosen.items()}
     for name, value in filled.items():
-        derived = not is_given(value)
-        if PARAMETER_TYPES[name] in (int, float) and not derived and (value < 0 or value == 0 and name not in MAY_BE_ZERO):
+        is_number = PARAMETER_TYPES[name] in (int, float) and is_given(value)
+        if is_number and (value < 0 or value == 0 and name not in MAY_BE_ZERO):
             raise UserError(f"{name} is {value}; it must be positive, or -1 for the preset's value.")
         if name.endswith(("_ratio", "_frac")) and name not in ("aspect_ratio", "target_param_data_ratio") and value > 1:
             raise UserError(f"{name} is {value}; it is a fraction between 0 and 1.")
@@ -106,7 +106,7 @@ def parse_arguments(arguments: list[str]) -> dict[str, str]:
 
 
 def typed_value(name: str, value):
-    """The value in the type of the parameter: text from a command line is converted, a whole number serves as a float."""
+    """The value in the parameter's type: text from a command line is converted, a whole number serves as a float."""
     kind = PARAMETER_TYPES[name]
     if type(value) is kind:
         return value
@@ -117,7 +117,8 @@ def typed_value(name: str, value):
             return {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
         except (KeyError, ValueError):
             pass
-    raise UserError(f"{name} is {value!r}; it must be {'True or False' if kind is bool else 'of type ' + kind.__name__}.")
+    wanted = "True or False" if kind is bool else f"of type {kind.__name__}"
+    raise UserError(f"{name} is {value!r}; it must be {wanted}.")
 
 
 def choose_preset(name: str) -> str:

@@ -66,7 +66,7 @@ def test_attached_docstrings_are_found():
 
         .. math:: \frac{a}{\sqrt{b}}
         """ + r"""
-
+        """ + r"""
         Returns the arcsine of {{1, 2}}.
 
         Args:

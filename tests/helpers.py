@@ -1,0 +1,67 @@
+"""What several tests need: a small corpus of real English, a tokenizer trained on it, a plan for a tiny model."""
+
+import ast
+import sys
+import sysconfig
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nanochat.dataset import Corpus
+from nanochat.planning import PretrainSettings, plan_pretraining
+from nanochat.settings import PRESETS
+from nanochat.tokenizer import RustBPETokenizer
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def english_documents() -> list[str]:
+    """The documentation topics of the running Python, about 80 texts of 100 to 30,000 characters."""
+    source = (Path(sysconfig.get_paths()["stdlib"]) / "pydoc_data" / "topics.py").read_text(encoding="utf-8")
+    topics = next(node.value for node in ast.parse(source).body if isinstance(node, ast.Assign))
+    return list(ast.literal_eval(topics).values())
+
+
+def write_parquet(path, texts: list[str], row_group_size: int = 4) -> str:
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=row_group_size)
+    return str(path)
+
+
+def small_corpus(folder) -> Corpus:
+    """Two training shards and one for validation."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = english_documents()
+    middle = len(texts) // 2
+    train = (
+        write_parquet(folder / "shard_0.parquet", texts[20:middle]),
+        write_parquet(folder / "shard_1.parquet", texts[middle:]),
+    )
+    return Corpus("small", train, write_parquet(folder / "shard_2.parquet", texts[:20], row_group_size=2))
+
+
+def small_tokenizer(vocab_size: int = 512) -> RustBPETokenizer:
+    return RustBPETokenizer.train_from_iterator(iter(english_documents()), vocab_size)
+
+
+def small_plan(**changes):
+    """A two-layer model of width 64 that trains twelve steps of 512 tokens."""
+    values = PRESETS["cpu"] | dict(
+        depth=2, aspect_ratio=32, head_dim=32, max_seq_len=64, window_pattern="SL", device_batch_size=4,
+        total_batch_size=512, num_iterations=12, eval_every=5, eval_tokens=512, sample_every=-1, save_every=4,
+        model_tag="",
+    ) | changes  # fmt: skip
+    names = PretrainSettings.__dataclass_fields__
+    return plan_pretraining(PretrainSettings(**{name: values[name] for name in names}), 512)
+
+
+def python_environment(**variables) -> dict[str, str]:
+    """The environment for a subprocess that imports the chapters."""
+    import os
+
+    paths = os.pathsep.join([str(REPOSITORY / "nb_src"), str(REPOSITORY / "tests")])
+    return {**os.environ, "PYTHONPATH": paths, **{name: str(value) for name, value in variables.items()}}
+
+
+PYTHON = sys.executable

@@ -1,0 +1,242 @@
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from nanochat.attention import (
+    CPU_QUERY_BLOCK,
+    AttentionBackend,
+    FlashAttention,
+    band_mask,
+    banded_sdpa,
+    blocked_attention,
+    flash_attn,
+    sdpa_attention,
+    sdpa_with_kvcache,
+)
+from nanochat.runtime import UserError
+
+BLOCK = CPU_QUERY_BLOCK
+TOLERANCE = dict(atol=2e-5, rtol=1e-4)
+
+
+def reference_attention(q, k, v, left, first_position=0):
+    """Spec 1.3, one query at a time in float64. q (B, Tq, H, D) at positions first_position...; k, v (B, Tk, H_kv, D)."""
+    q, k, v = q.double(), k.double(), v.double()
+    share = q.size(2) // k.size(2)  # heads that read one key-value head
+    k, v = (x.repeat_interleave(share, dim=2) for x in (k, v))
+    rows = []
+    for i in range(q.size(1)):
+        position = first_position + i
+        oldest = 0 if left < 0 else max(0, position - left)
+        scores = torch.einsum("bhd,bkhd->bhk", q[:, i], k[:, oldest : position + 1]) / q.size(-1) ** 0.5
+        rows.append(torch.einsum("bhk,bkhd->bhd", scores.softmax(-1), v[:, oldest : position + 1]))
+    return torch.stack(rows, 1)
+
+
+def random_qkv(seed, B, Tq, Tk, H, H_kv, D):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(T, heads):
+        return torch.randn(B, T, heads, D, generator=generator)
+
+    return draw(Tq, H), draw(Tk, H_kv), draw(Tk, H_kv)
+
+
+@st.composite
+def shapes(draw, max_T):
+    """(B, T, H, H_kv, D, left), with the windows that go wrong most easily drawn as often as all others."""
+    T = draw(st.integers(1, max_T))
+    left = draw(st.sampled_from([-1, 0, 1, T - 1, T, T + 1, 3 * T]) | st.integers(0, T))
+    H_kv = draw(st.integers(1, 3))
+    return draw(st.integers(1, 3)), T, H_kv * draw(st.integers(1, 3)), H_kv, draw(st.sampled_from([2, 8, 12])), left
+
+
+@settings(max_examples=40, deadline=None)
+@given(shape=shapes(40), seed=st.integers(0, 2**32 - 1))
+def test_a_sequence_agrees_with_the_reference_for_any_shape_and_window(shape, seed):
+    """A window off by one, a query head that reads the wrong key head, a wrong scale."""
+    B, T, H, H_kv, D, left = shape
+    q, k, v = random_qkv(seed, B, T, T, H, H_kv, D)
+    y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(left, 0))
+    assert y.shape == (B, T, H, D)
+    torch.testing.assert_close(y.double(), reference_attention(q, k, v, left), **TOLERANCE)
+
+
+@pytest.mark.parametrize("T", [BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 17])
+@pytest.mark.parametrize("left", [-1, 0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 10_000])
+def test_blocks_of_queries_join_without_a_seam(T, left):
+    """A key lost or seen twice where one block of queries ends and the next begins."""
+    q, k, v = random_qkv(T + left, 1, T, T, 2, 1, 4)
+    y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(left, 0))
+    torch.testing.assert_close(y.double(), reference_attention(q, k, v, left), **TOLERANCE)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), B=st.integers(1, 3), T=st.integers(2, 40), H_kv=st.integers(1, 2), share=st.integers(1, 3))
+def test_the_banded_form_agrees_with_the_reference(data, B, T, H_kv, share):
+    """The GPU's way with windows reading padding as keys, or mixing rows of the batch; it must be right without a GPU to see it."""
+    left = data.draw(st.sampled_from([1, T - 1]) | st.integers(1, T - 1))
+    q, k, v = random_qkv(B * T + left, B, T, T, H_kv * share, H_kv, 4)
+    y = banded_sdpa(*(x.transpose(1, 2) for x in (q, k, v)), left).transpose(1, 2)
+    torch.testing.assert_close(y.double(), reference_attention(q, k, v, left), **TOLERANCE)
+
+
+@pytest.mark.parametrize("compute", [blocked_attention, banded_sdpa])
+@pytest.mark.parametrize("T, left", [(BLOCK + 37, 20), (BLOCK + 37, BLOCK + 5), (50, 1)])
+def test_gradients_agree_with_the_reference(compute, T, left):
+    """A backward pass that trains on other keys than the forward pass looked at."""
+    q, k, v = (x.requires_grad_() for x in random_qkv(T, 2, T, T, 2, 2, 4))
+    upstream = torch.randn(2, T, 2, 4, generator=torch.Generator().manual_seed(5))
+    expected = torch.autograd.grad((reference_attention(q, k, v, left) * upstream).sum(), (q, k, v))
+    y = compute(*(x.transpose(1, 2) for x in (q, k, v)), left).transpose(1, 2)
+    actual = torch.autograd.grad((y * upstream).sum(), (q, k, v))
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, **TOLERANCE)
+
+
+@pytest.mark.parametrize("left", [-1, 0, 70])
+def test_gradients_of_a_grouped_query_layer_agree_with_the_reference(left):
+    """Gradients of a shared key head that come from one of its query heads instead of all."""
+    q, k, v = (x.requires_grad_() for x in random_qkv(3, 1, BLOCK + 9, BLOCK + 9, 4, 2, 4))
+    expected = torch.autograd.grad(reference_attention(q, k, v, left).sin().sum(), (q, k, v))
+    actual = torch.autograd.grad(sdpa_attention(q, k, v, (left, 0)).sin().sum(), (q, k, v))
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, **TOLERANCE)
+
+
+@pytest.mark.parametrize("left, visible", [(0, 1), (1, 2), (4, 5), (-1, 10)])
+def test_a_window_is_left_tokens_and_the_token_itself(left, visible):
+    """left keys instead of left + 1: every checkpoint trained elsewhere would see a shorter window. Counted, not compared."""
+    T = 10
+    q = torch.zeros(1, T, 1, T)  # equal scores: the output is the mean over what is visible
+    v = torch.eye(T).view(1, T, 1, T)
+    whole = flash_attn.flash_attn_func(q, torch.zeros_like(q), v, causal=True, window_size=(left, 0))[0, -1, 0]
+    position = torch.tensor([T - 1], dtype=torch.int32)
+    k_cache, v_cache = torch.zeros(1, T, 1, T), v.clone()
+    cached = flash_attn.flash_attn_with_kvcache(
+        q[:, -1:], k_cache, v_cache, torch.zeros(1, 1, 1, T), v[:, -1:], position, causal=True, window_size=(left, 0)
+    )[0, -1, 0]
+    expected = torch.tensor([0.0] * (T - visible) + [1 / visible] * visible)
+    torch.testing.assert_close(whole, expected)
+    torch.testing.assert_close(cached, expected)
+    assert band_mask(torch.arange(T), torch.arange(T), left)[-1].sum() == visible
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=shapes(24), position=st.integers(0, 24), room=st.integers(0, 5), seed=st.integers(0, 2**32 - 1)
+)
+@example(shape=(2, 1, 2, 1, 8, 3), position=10, room=0, seed=0)
+def test_a_cached_call_agrees_with_the_reference_at_any_position(shape, position, room, seed):
+    """New tokens that see the wrong part of the past, or each other's future; a cache written beside its place or advanced twice."""
+    B, T_new, H, H_kv, D, left = shape
+    end = position + T_new
+    q, keys, values = random_qkv(seed, B, T_new, end, H, H_kv, D)
+    k_cache, v_cache = torch.full((2, B, end + room, H_kv, D), 1e6)  # what is not written yet must never be read
+    k_cache[:, :position], v_cache[:, :position] = keys[:, :position], values[:, :position]
+    expected_k, expected_v = k_cache.clone(), v_cache.clone()
+    expected_k[:, position:end], expected_v[:, position:end] = keys[:, position:], values[:, position:]
+    seqlens = torch.full((B,), position, dtype=torch.int32)
+
+    y = flash_attn.flash_attn_with_kvcache(
+        q, k_cache, v_cache, keys[:, position:], values[:, position:], seqlens, causal=True, window_size=(left, 0)
+    )
+    torch.testing.assert_close(y.double(), reference_attention(q, keys, values, left, position), **TOLERANCE)
+    assert torch.equal(k_cache, expected_k) and torch.equal(v_cache, expected_v), "written in place, and nothing else"
+    assert seqlens.tolist() == [position] * B, "the model advances the cache, once for all layers"
+
+    again = flash_attn.flash_attn_with_kvcache(  # without new keys: the queries are the last ones that the cache holds
+        q, k_cache, v_cache, cache_seqlens=seqlens + T_new, causal=True, window_size=(left, 0)
+    )
+    assert torch.equal(again, y)
+
+
+@pytest.mark.parametrize("T_new", [1, 2])
+def test_a_full_cache_is_an_error(T_new):
+    """A token that is silently dropped at the end of the cache, after which the model reads stale text."""
+    q, k, v = random_qkv(0, 1, T_new, 6, 1, 1, 4)
+    position = torch.tensor([7 - T_new], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cache holds 6 positions"):
+        flash_attn.flash_attn_with_kvcache(q, k, v, q, q, position, causal=True)
+
+
+def test_bf16_agrees_with_the_reference_to_its_precision():
+    """A softmax over bf16 scores: it must be done in fp32."""
+    q, k, v = (x.bfloat16() for x in random_qkv(1, 2, 200, 200, 4, 2, 16))
+    for left in (-1, 50):
+        y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(left, 0))
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.double(), reference_attention(q, k, v, left), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("left", [-1, 0, 1, 30, 99, 100])
+@pytest.mark.parametrize("H_kv", [2, 4])
+def test_on_a_gpu_a_sequence_agrees_with_the_reference(left, H_kv):
+    """The GPU takes other branches than the CPU (built-in causal, bands); they must mean the same window."""
+    q, k, v = (x.cuda() for x in random_qkv(left + 1, 2, 100, 100, 4, H_kv, 16))
+    y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(left, 0))
+    torch.testing.assert_close(y.double(), reference_attention(q, k, v, left), atol=1e-4, rtol=1e-3)
+
+
+def test_looking_forward_is_refused():
+    """A caller that forgets causal=True and trains a model which copies the next token."""
+    q, k, v = random_qkv(0, 1, 4, 4, 1, 1, 4)
+    with pytest.raises(ValueError, match="causal=True"):
+        flash_attn.flash_attn_func(q, k, v)
+    with pytest.raises(ValueError, match="causal=True"):
+        flash_attn.flash_attn_with_kvcache(q, k, v, cache_seqlens=torch.zeros(1, dtype=torch.int32))
+
+
+def backend(name, devices, answer=None):
+    return AttentionBackend(
+        name, lambda *a: answer, lambda *a: answer, lambda device, dtype: device in devices and dtype == torch.bfloat16
+    )
+
+
+def any_device(name):
+    return AttentionBackend(name, sdpa_attention, sdpa_with_kvcache, lambda device, dtype: True)
+
+
+def test_a_registered_backend_is_preferred_where_it_can_run():
+    """A faster kernel that signs in and is never used, or is used where it cannot run (fp32, CPU)."""
+    attention = FlashAttention(any_device("sdpa"))
+    attention.register(backend("flash", ("cuda",), answer="flash was here"))
+    assert attention.select("cuda", torch.bfloat16) == "flash"
+    q, k, v = random_qkv(0, 1, 2, 2, 1, 1, 4)
+    assert attention.flash_attn_func(q, k, v, causal=True) == "flash was here"
+    seqlens = torch.zeros(1, dtype=torch.int32)
+    assert attention.flash_attn_with_kvcache(q, k, v, k, v, seqlens, causal=True) == "flash was here"
+    assert attention.select("cuda", torch.float32) == "sdpa"
+    assert attention.select("cpu", torch.bfloat16) == "sdpa"
+    assert attention.select("cuda", torch.bfloat16, "sdpa") == "sdpa", "a name forces the backend"
+    assert torch.is_tensor(attention.flash_attn_func(q, k, v, causal=True))
+
+
+def test_the_latest_registered_backend_comes_first():
+    """Two kernels for one device: the order of signing in decides, not chance."""
+    attention = FlashAttention(any_device("sdpa"))
+    attention.register(backend("old", ("cuda",)))
+    attention.register(backend("new", ("cuda",)))
+    assert attention.select("cuda", torch.bfloat16) == "new"
+
+
+def test_before_a_choice_the_one_that_runs_everywhere_is_used():
+    """A model that is called before select and reaches for a kernel that is not there."""
+    attention = FlashAttention(backend("flash", ("cuda",)), any_device("sdpa"))
+    q, k, v = random_qkv(0, 1, 2, 2, 1, 1, 4)
+    assert torch.is_tensor(attention.flash_attn_func(q, k, v, causal=True))
+
+
+def test_an_impossible_choice_is_one_clear_sentence():
+    """A misspelt backend, or one that cannot run here, that silently becomes another."""
+    attention = FlashAttention(any_device("sdpa"))
+    attention.register(backend("flash", ("cuda",)))
+    with pytest.raises(UserError, match="attention is 'flsh'; it can be auto, flash, sdpa"):
+        attention.select("cuda", torch.bfloat16, "flsh")
+    with pytest.raises(UserError, match="flash cannot run on cpu.*Set attention to auto"):
+        attention.select("cpu", torch.bfloat16, "flash")
+    with pytest.raises(UserError, match="flash cannot run on cuda in torch.float32"):
+        attention.select("cuda", torch.float32, "flash")

@@ -1,0 +1,249 @@
+"""Training can be stopped anywhere, by anyone, and goes on as if nothing had happened."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from helpers import python_environment, small_corpus, small_plan, small_tokenizer
+from nanochat.base_train import TrainLog, TrainRecord, pretrain, smoothed
+from nanochat.checkpoint_manager import find_last_step, load_checkpoint, load_model
+from nanochat.runtime import UserError
+
+# A training program of a few lines. argv: where to be killed. Each loss is printed with all its bits.
+PROGRAM = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+from helpers import small_corpus, small_plan
+import nanochat.checkpoint_manager as checkpoint_manager
+from nanochat.base_train import pretrain
+from nanochat.tokenizer import RustBPETokenizer
+
+point, number = (sys.argv[1].split(":") + ["0"])[:2]
+number = int(number)
+
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def half_a_model(tensors, path):
+    Path(path).write_bytes(b"x" * 1000)
+    die()
+
+def before_saving(step):  # patches the writer once the step has come
+    if point == "model" and step == number:
+        checkpoint_manager.safetensors.torch.save_file = half_a_model
+    if point == "optimizer" and step == number:
+        checkpoint_manager.torch.save = die
+    if point == "meta" and step == number:
+        checkpoint_manager.write_checkpoint_meta = die
+
+torch.use_deterministic_algorithms(True)
+base = Path(os.environ["NANOCHAT_BASE_DIR"])
+corpus = small_corpus(base / "data")
+tokenizer = RustBPETokenizer.from_directory(base / "tokenizer")
+compiled = os.environ.get("COMPILED") == "1"
+for record in pretrain(small_plan(), corpus, tokenizer, torch.device("cpu"), torch.float32, compiled):
+    if not record.replayed:
+        print("loss", record.step, float(record.loss).hex() if record.loss else "-", record.val_bpb, flush=True)
+    if point == "step" and record.step == number and not record.replayed:
+        die()
+    before_saving(record.step + 1)
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A base directory with a corpus and a tokenizer; each test copies what it needs by pointing at its own."""
+    base = tmp_path_factory.mktemp("world")
+    tokenizer = small_tokenizer()
+    tokenizer.save(base / "tokenizer")
+    return base, small_corpus(base / "data"), tokenizer
+
+
+@pytest.fixture
+def base_dir(world, tmp_path, monkeypatch):
+    small_corpus(tmp_path / "data")
+    world[2].save(tmp_path / "tokenizer")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def start(base_dir, point="never", **environment):
+    program = base_dir / "program.py"
+    program.write_text(PROGRAM)
+    return subprocess.Popen(
+        [sys.executable, str(program), point], env=python_environment(NANOCHAT_BASE_DIR=base_dir, **environment),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def losses_of(output: str) -> dict[int, str]:
+    return {int(line.split()[1]): line for line in output.splitlines() if line.startswith("loss ")}
+
+
+def weights_of(base_dir, step=12):
+    return load_checkpoint(base_dir / "base_checkpoints" / "d2", step, "cpu")[0]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world):
+    base = world[0]
+    process = start(base)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    losses = losses_of(output)
+    assert list(losses) == list(range(13))
+    return losses, weights_of(base)
+
+
+@pytest.mark.parametrize(
+    "point", ["step:2", "step:4", "step:6", "step:11", "model:8", "optimizer:8", "meta:8", "meta:12"]
+)
+def test_killed_training_resumes_bitwise(point, base_dir, uninterrupted):
+    """Prevents a resumed run that repeats or skips data, loses optimizer state, or loads half a checkpoint."""
+    process = start(base_dir, point)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    before = losses_of(output)
+    process = start(base_dir)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    after = losses_of(output)
+    losses, weights = uninterrupted
+    assert after.keys() | before.keys() == losses.keys()
+    assert all(losses[step] == line for part in (before, after) for step, line in part.items())
+    resumed = weights_of(base_dir)
+    assert resumed.keys() == weights.keys()
+    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+    number = int(point.split(":")[1])
+    if number > 4:
+        assert min(after) > 0, "it started over instead of resuming"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_polite_signal_saves_first(number, base_dir, uninterrupted):
+    """Prevents a stop button that throws away everything since the last checkpoint."""
+    process = start(base_dir)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("loss 1 "):
+            process.send_signal(number)
+            break
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and "run again to go on" in errors
+    done = losses_of("".join(lines) + output)
+    assert find_last_step(base_dir / "base_checkpoints" / "d2") == max(done) + 1 < 12
+    output, errors = start(base_dir).communicate(timeout=120)
+    after = losses_of(output)
+    assert min(after) == max(done) + 1
+    losses, weights = uninterrupted
+    assert {**done, **after} == losses
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in weights_of(base_dir).items())
+
+
+def records_of(world, base_dir, plan=None, **changes):
+    _, _, tokenizer = world
+    plan = plan or small_plan(**changes)
+    return list(pretrain(plan, small_corpus(base_dir / "data"), tokenizer, torch.device("cpu"), torch.float32, False))
+
+
+def test_it_learns_and_reports(world, base_dir):
+    """Prevents records that say nothing true: the loss falls, bpb is measured where asked, samples come at the end."""
+    records = records_of(world, base_dir, num_iterations=40, embedding_lr=6.0, unembedding_lr=0.1, matrix_lr=0.4)
+    assert [record.step for record in records] == list(range(41))
+    assert records[0].loss == pytest.approx(math.log(512), abs=0.05)  # zero-initialised outputs: pure guessing
+    assert records[39].loss < records[0].loss - 1
+    assert [r.step for r in records if r.val_bpb is not None] == [0, 5, 10, 15, 20, 25, 30, 35, 40]
+    assert records[-1].loss is None and len(records[-1].samples) == 7
+    ema = 0.0
+    for record in records[:-1]:
+        ema = 0.9 * ema + 0.1 * record.loss
+        assert record.smooth_loss == pytest.approx(ema / (1 - 0.9 ** (record.step + 1)))
+    model, tokenizer, meta = load_model("base", torch.device("cpu"), "eval", model_tag="d2")
+    assert meta["step"] == 40 and meta["val_bpb"] == records[-1].val_bpb
+    assert meta["loop_state"]["min_val_bpb"] == min(r.val_bpb for r in records if r.val_bpb is not None)
+
+
+def test_a_finished_run_is_replayed_not_repeated(world, base_dir, capsys):
+    """Prevents "Run all" from training again what is trained, or from losing its curve."""
+    first = records_of(world, base_dir)
+    capsys.readouterr()
+    again = records_of(world, base_dir)
+    assert "nothing to do" in capsys.readouterr().out
+    assert all(record.replayed for record in again)
+    assert [(r.step, r.loss, r.val_bpb) for r in again] == [(r.step, r.loss, r.val_bpb) for r in first]
+
+
+def test_other_settings_do_not_overwrite_a_model(world, base_dir, capsys):
+    """Prevents a changed learning rate from continuing, or destroying, a model that was trained with another."""
+    records_of(world, base_dir)
+    changed = records_of(world, base_dir, matrix_lr=0.03)
+    assert not any(record.replayed for record in changed)
+    assert "kept as d2-previous" in capsys.readouterr().out
+    folder = base_dir / "base_checkpoints"
+    assert find_last_step(folder / "d2-previous") == find_last_step(folder / "d2") == 12
+
+
+def test_how_often_to_look_is_not_part_of_the_model(world, base_dir):
+    """Prevents retraining because someone wanted more validations or another device batch."""
+    records_of(world, base_dir)
+    again = records_of(world, base_dir, eval_every=2, save_every=7, eval_tokens=1024, device_batch_size=2)
+    assert all(record.replayed for record in again)
+
+
+def test_gradient_accumulation_is_the_same_batch(world, base_dir, tmp_path_factory, monkeypatch):
+    """Prevents an accumulation that weighs or orders the micro-batches differently from one large batch."""
+    one = records_of(world, base_dir, device_batch_size=8, save_every=-1)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path_factory.mktemp("accumulated")))
+    four = records_of(world, base_dir, device_batch_size=2, save_every=-1)
+    for a, b in zip(one[:-1], four[:-1], strict=True):
+        assert a.loss == pytest.approx(b.loss, rel=1e-5)
+
+
+def test_an_exploding_loss_is_a_sentence(world, base_dir):
+    """Prevents hours of training on NaN."""
+    with pytest.raises(UserError, match="Lower the learning rates"):
+        records_of(world, base_dir, embedding_lr=1e30, unembedding_lr=1e30, scalar_lr=1e30)
+
+
+def test_another_number_of_processes_is_refused_by_name(world, base_dir, monkeypatch):
+    """Prevents optimizer shards of two processes from being loaded into one."""
+    records_of(world, base_dir)
+    folder = base_dir / "base_checkpoints" / "d2"
+    meta_path = folder / "meta_000012.json"
+    meta = json.loads(meta_path.read_text())
+    meta_path.write_text(json.dumps(meta | {"world_size": 2}))
+    with pytest.raises(UserError, match="written by 2 processes and this run has 1"):
+        records_of(world, base_dir)
+
+
+def test_log_survives_a_torn_line(tmp_path):
+    """Prevents a kill in the middle of a log line from losing the whole curve."""
+    log = TrainLog(tmp_path)
+    record = TrainRecord(0, 1.0, 1.0, 1.0, 0.1, 10.0, None, 1, 0.0, None, 1.0)
+    log.append(record)
+    with open(log.path, "a") as file:
+        file.write('{"step": 1, "lo')
+    kept = log.keep_before(5)
+    assert [r.step for r in kept] == [0] and kept[0].replayed
+    assert len(log.path.read_text().splitlines()) == 1
+
+
+def test_smoothed_of_nothing():
+    """Prevents a division by zero in a run of no steps."""
+    assert smoothed(0.0, 0) is None and smoothed(0.1, 1) == pytest.approx(1.0)
+
+
+def test_signals_are_given_back(world, base_dir):
+    """Prevents a training that leaves Ctrl-C changed for the cells after it."""
+    before = signal.getsignal(signal.SIGINT)
+    started = time.monotonic()
+    records_of(world, base_dir)
+    assert signal.getsignal(signal.SIGINT) is before and time.monotonic() > started

@@ -1,0 +1,204 @@
+"""The notebook and the script as people use them: alone in a folder, twice, on two processes, with wrong input."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import pytest
+
+from helpers import REPOSITORY, python_environment, small_corpus
+
+SPINE = REPOSITORY / "nb_src" / "nanochat_speedrun.py"
+NOTEBOOK = REPOSITORY / "notebooks" / "nanochat_speedrun.ipynb"
+TINY = dict(
+    preset="cpu", vocab_size=512, depth=2, aspect_ratio=32, head_dim=32, max_seq_len=64, device_batch_size=4,
+    total_batch_size=512, num_iterations=6, eval_every=3, eval_tokens=512, eval_split_tokens=512, save_every=2,
+    torch_compile=False,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    small_corpus(folder)
+    return folder
+
+
+def script(base_dir, text_folder, launcher=(sys.executable,), **changes):
+    """Run the spine to its end; the finished process, output and errors together."""
+    parameters = TINY | {"data_source": text_folder, "base_dir": base_dir} | changes
+    arguments = [f"--{name}={value}" for name, value in parameters.items()]
+    environment = python_environment(OMP_NUM_THREADS=1, NANOCHAT_DTYPE="float32")
+    return subprocess.run(
+        [*launcher, str(SPINE), *arguments], env=environment, text=True, timeout=300,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def papermill(base_dir, text_folder, notebook, output, **changes):
+    """Run a notebook file in its own folder, with nothing of the repository on the path."""
+    parameters = TINY | {"data_source": str(text_folder), "base_dir": str(base_dir)} | changes
+    arguments = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / "tools" / "nb_convert.py"), "run", str(notebook), *arguments, "-o", output],
+        env=environment, cwd=notebook.parent, text=True, timeout=300, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def texts_and_images(path) -> tuple[str, int]:
+    """All text that the cells printed or displayed, and the number of pictures."""
+    outputs = [output for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])]
+    data = [output["data"] for output in outputs if "data" in output]
+    texts = [output.get("text", "") for output in outputs] + [str(item) for item in data]
+    return "\n".join(texts), sum("image/png" in item for item in data)
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory, text_folder):
+    """The notebook file alone in an empty folder, run to its end."""
+    folder = tmp_path_factory.mktemp("alone")
+    notebook = folder / NOTEBOOK.name
+    shutil.copy(NOTEBOOK, notebook)
+    process = papermill(folder / "base", text_folder, notebook, folder / "executed.ipynb")
+    assert process.returncode == 0, process.stdout
+    return folder
+
+
+def test_the_file_alone_runs_to_the_end(executed):
+    """Prevents a notebook that only works inside the repository."""
+    text, images = texts_and_images(executed / "executed.ipynb")
+    assert images == 6  # windows, schedules, packing, training, speed, bits per byte
+    assert "this run" in text and "same bytes bpb" in text and "greedy" in text
+    report = executed / "base" / "report"
+    page = (report / "report.md").read_text()
+    for title in ("Tokenizer training", "Tokenizer evaluation", "Base model training", "Base model evaluation"):
+        assert f"## {title}" in page
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", page):
+        assert (report / picture).stat().st_size > 5000
+    metrics = json.loads((report / "metrics.json").read_text())
+    assert 1 < metrics["Base model evaluation"]["val bpb"] < 6
+    assert metrics["Base model training"]["Calculated number of iterations"] == 6
+
+
+def test_again_skips_and_depth_redoes_what_depends_on_it(executed, text_folder):
+    """Prevents "Run all" from repeating finished work, and a changed depth from keeping or repeating too much."""
+    notebook = executed / NOTEBOOK.name
+    process = papermill(executed / "base", text_folder, notebook, executed / "again.ipynb")
+    assert process.returncode == 0, process.stdout
+    text, images = texts_and_images(executed / "again.ipynb")
+    assert text.count("nothing to do") == 3 and images == 6
+    process = papermill(executed / "base", text_folder, notebook, executed / "deeper.ipynb", depth=3)
+    assert process.returncode == 0, process.stdout
+    text, _ = texts_and_images(executed / "deeper.ipynb")
+    assert text.count("nothing to do") == 1 and "tokenizer: trained earlier, nothing to do" in text
+    assert sorted(path.name for path in (executed / "base" / "base_checkpoints").iterdir()) == ["d2", "d3"]
+
+
+def losses(process) -> list[float]:
+    assert process.returncode == 0, process.stdout
+    return [float(loss) for loss in re.findall(r"^step \d+/\d+ .*?loss: ([\d.]+)", process.stdout, re.M)]
+
+
+def test_two_processes_train_the_same_model(tmp_path, text_folder):
+    """Prevents a distributed run that sees other data, averages wrongly or keeps the whole optimizer everywhere."""
+    changes = dict(matrix_lr=0.3, embedding_lr=3.0, unembedding_lr=0.05)  # far enough from zero for errors to show
+    one = losses(script(tmp_path / "one", text_folder, **changes))
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    process = script(tmp_path / "two", text_folder, torchrun, device_batch_size=2, **changes)
+    two = losses(process)
+    assert len(one) == 6 and one[-1] < one[0]
+    assert two == pytest.approx(one, rel=2e-4)
+    assert process.stdout.count("Distributed world size: 2") == 1, "only rank 0 may print"
+    folder = tmp_path / "two" / "base_checkpoints" / "d2"
+    shares = [(folder / f"optim_000006_rank{rank}.pt").stat().st_size for rank in (0, 1)]
+    whole = (tmp_path / "one" / "base_checkpoints" / "d2" / "optim_000006_rank0.pt").stat().st_size
+    assert all(share < 0.65 * whole for share in shares)
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        (dict(detph=4), "there is no parameter 'detph'; did you mean 'depth'?"),
+        (dict(depth="four"), "depth is 'four'; it must be of type int"),
+        (
+            dict(total_batch_size=500),
+            "total_batch_size 500 is not a multiple of 4 sequences × 64 tokens × 1 process = 256",
+        ),
+        (dict(preset="a1000"), "preset is 'a1000'; it can be auto, "),
+        (dict(window_pattern="XL"), "window_pattern is 'XL'"),
+        (dict(device_type="cuda"), "device_type is cuda but torch"),
+        (dict(data_source="{empty}"), "{empty}"),
+        (dict(data_source="{one}"), "two are needed"),
+        (dict(data_source="{cut}"), "shard_1.parquet"),
+        (dict(data_source="{flipped}"), "shard_0.parquet"),
+        (dict(text_column="body"), 'has no column "body" (it has: text)'),
+        (dict(vocab_size=100), "vocab_size"),
+        (dict(base_dir="{file}/base"), "cannot be created"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value.items())).__repr__(),
+)
+def test_wrong_input_is_one_sentence(changes, sentence, tmp_path, text_folder):
+    """Prevents a traceback, or an hour of work, before someone hears what was wrong."""
+    places = {name: tmp_path / name for name in ("empty", "one", "cut", "flipped", "file")}
+    places["empty"].mkdir()
+    places["file"].write_text("")
+    for name in ("one", "cut", "flipped"):
+        small_corpus(places[name])
+    for path in list(places["one"].glob("*.parquet"))[1:]:
+        path.unlink()
+    shard = places["cut"] / "shard_1.parquet"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    shard = places["flipped"] / "shard_0.parquet"
+    damaged = bytearray(shard.read_bytes())
+    damaged[2000:2040] = bytes(byte ^ 0x55 for byte in damaged[2000:2040])
+    shard.write_bytes(bytes(damaged))
+    changes = {key: value.format(**places) if isinstance(value, str) else value for key, value in changes.items()}
+    process = script(**{"base_dir": tmp_path / "base", "text_folder": text_folder} | changes)
+    assert process.returncode == 1
+    complaint = process.stdout.strip().splitlines()[-1]
+    assert complaint.startswith("✗ ") and sentence.format(**places) in complaint
+    assert "Traceback" not in process.stdout and "step 0" not in process.stdout
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path, text_folder):
+    """Prevents two runs from overwriting each other's checkpoints."""
+    hold = "import nanochat.runtime as r\nlock = r.lock_base_dir()\nprint('held', flush=True)\ninput()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold],
+        env=python_environment(NANOCHAT_BASE_DIR=tmp_path), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holder.stdout.readline() == "held\n"
+    process = script(tmp_path, text_folder)
+    assert process.returncode == 1 and "another run is using" in process.stdout.splitlines()[-1]
+    holder.communicate("\n")
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(executed, tmp_path, monkeypatch):
+    """Prevents a model from being fed another tokenizer's numbers, which fails silently."""
+    import torch
+
+    from helpers import english_documents
+    from nanochat.checkpoint_manager import load_model
+    from nanochat.runtime import UserError
+    from nanochat.tokenizer import RustBPETokenizer
+
+    shutil.copytree(executed / "base" / "base_checkpoints", tmp_path / "base_checkpoints")
+    RustBPETokenizer.train_from_iterator(iter(english_documents()[:60]), 512).save(tmp_path / "tokenizer")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    with pytest.raises(UserError, match="tokenizer"):
+        load_model("base", torch.device("cpu"), "eval", model_tag="d2")
+
+
+def test_a_full_disk_is_said_before_training(tmp_path, monkeypatch):
+    """Prevents a run that fails at its first checkpoint for want of space."""
+    from nanochat import runtime
+
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setattr(runtime.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    with pytest.raises(runtime.UserError, match="needs about 2.0 GB .* 0.0 GB are free"):
+        runtime.require_free_space(2e9, "training d4")
