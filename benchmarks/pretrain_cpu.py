@@ -3,10 +3,12 @@
     python benchmarks/pretrain_cpu.py [--depth 4] [--vocab_size 8192] [--seq_len 512] [--batch 8] [--profile]
 
 The plain model is what one writes first: fp32, PyTorch's built-in attention, all logits at once, cross-entropy; eager,
-and compiled as a whole. Medians over all steps of all rounds; the machine's own matrix-product rate is printed too.
+and compiled as a whole. Each contender lives in a process of its own and they take turns, five steps each; medians over
+all steps of all rounds. The machine's own rate for one large matrix product is measured in the same run.
 """
 
 import argparse
+import multiprocessing
 import statistics
 import sys
 import time
@@ -17,9 +19,11 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "nb_src"))
 
-from nanochat.attention import AttentionBackend, flash_attn, sdpa_attention, sdpa_with_kvcache
+from nanochat.attention import AttentionBackend, flash_attn, sdpa_with_kvcache
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.runtime import choose_compute_dtype, device_name_of
+from nanochat.runtime import choose_compute_dtype, device_name_of, keep_freed_memory
+
+STEPS_PER_TURN = 5
 
 
 class PlainGPT(GPT):
@@ -36,11 +40,26 @@ def builtin_attention(q, k, v, window_size):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-def build(kind, config, dtype):
+def prepare(name: str, config: GPTConfig, batch_size: int):
+    """(model, optimizer, callable) of a contender."""
     torch.manual_seed(0)
-    model = kind(config, dtype)
+    ours = name.startswith("ours")
+    model = GPT(config, choose_compute_dtype("cpu")[0]) if ours else PlainGPT(config, torch.float32)
     model.init_weights()
-    return model, model.setup_optimizer()
+    optimizer = model.setup_optimizer()
+    if ours:
+        keep_freed_memory()
+        flash_attn.select("cpu", model.compute_dtype)
+        model.compile(batch_size, config.sequence_len)
+        optimizer.compile()
+        return model, optimizer, model
+    plain = AttentionBackend("plain", builtin_attention, sdpa_with_kvcache, lambda device, dtype: True)
+    flash_attn.register(plain)
+    flash_attn.select("cpu", torch.float32, "plain")
+    if name.endswith("compiled"):
+        optimizer.compile()
+        return model, optimizer, torch.compile(model, dynamic=False)
+    return model, optimizer, model
 
 
 def train_step(model, optimizer, call, batch) -> float:
@@ -51,11 +70,27 @@ def train_step(model, optimizer, call, batch) -> float:
     return time.perf_counter() - started
 
 
-def matmul_rate(dtype, config) -> float:
+def contender(name: str, config: GPTConfig, batch_size: int, pipe) -> None:
+    """Answer "go" with the seconds of some steps, "profile" with a table; end at "stop"."""
+    torch.set_num_threads(multiprocessing.cpu_count())
+    model, optimizer, call = prepare(name, config, batch_size)
+    batch = torch.randint(0, config.vocab_size, (2, batch_size, config.sequence_len)).unbind()
+    while (order := pipe.recv()) != "stop":
+        if order == "go":
+            pipe.send([train_step(model, optimizer, call, batch) for _ in range(STEPS_PER_TURN)])
+        else:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+                for _ in range(STEPS_PER_TURN):
+                    train_step(model, optimizer, call, batch)
+            table = recorded.key_averages().table
+            pipe.send(table(sort_by="self_cpu_time_total", row_limit=16, max_name_column_width=48))
+
+
+def matmul_rate(dtype, config: GPTConfig) -> float:
     """FLOP/s of the MLP's product, the best of many."""
     a, b = torch.randn(4096, config.n_embd).to(dtype), torch.randn(4 * config.n_embd, config.n_embd).to(dtype)
     times = []
-    for _ in range(30):
+    for _ in range(50):
         started = time.perf_counter()
         a @ b.T
         times.append(time.perf_counter() - started)
@@ -68,62 +103,47 @@ def main():
     parser.add_argument("--vocab_size", type=int, default=8192)
     parser.add_argument("--seq_len", type=int, default=512)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--profile", action="store_true", help="also print where the time of our step goes")
     args = parser.parse_args()
 
-    heads = args.depth
-    config = GPTConfig(args.seq_len, args.vocab_size, args.depth, heads, heads, 64 * heads, "L")
-    batch = torch.randint(0, args.vocab_size, (2, args.batch, args.seq_len)).unbind()
+    config = GPTConfig(args.seq_len, args.vocab_size, args.depth, args.depth, args.depth, 64 * args.depth, "L")
     dtype, reason = choose_compute_dtype("cpu")
-    plain = AttentionBackend("plain", builtin_attention, sdpa_with_kvcache, lambda device, dtype: True)
-    ours = AttentionBackend("sdpa", sdpa_attention, sdpa_with_kvcache, lambda device, dtype: True)
-
-    contenders = {}
-    model, optimizer = build(PlainGPT, config, torch.float32)
-    contenders["plain fp32, eager"] = (plain, model, optimizer, model)
-    model, optimizer = build(PlainGPT, config, torch.float32)
-    optimizer.compile()
-    contenders["plain fp32, compiled"] = (plain, model, optimizer, torch.compile(model, dynamic=False))
-    model, optimizer = build(GPT, config, dtype)
-    model.compile(args.batch, args.seq_len)
-    optimizer.compile()
-    contenders[f"ours, {str(dtype).removeprefix('torch.')}"] = (ours, model, optimizer, model)
-
-    times = {name: [] for name in contenders}
-    first = {}
+    ours = f"ours, {str(dtype).removeprefix('torch.')}"
+    names = ("plain fp32, eager", "plain fp32, compiled", ours)
+    spawn = multiprocessing.get_context("spawn")
+    pipes, first, times = {}, {}, {name: [] for name in names}
+    for name in names:
+        pipes[name], other_end = spawn.Pipe()
+        spawn.Process(target=contender, args=(name, config, args.batch, other_end), daemon=True).start()
     for round_number in range(args.rounds + 1):
-        for name, (backend, model, optimizer, call) in contenders.items():
-            flash_attn.selected = backend
-            steps = [train_step(model, optimizer, call, batch) for _ in range(1 if round_number == 0 else 5)]
+        for name, pipe in pipes.items():
+            pipe.send("go")
+            seconds = pipe.recv()
             if round_number == 0:
-                first[name] = steps[0]
+                first[name] = seconds[0]
             else:
-                times[name] += steps[1:]
+                times[name] += seconds
 
+    with torch.device("meta"):
+        flops = GPT(config).estimate_flops()
     tokens = args.batch * args.seq_len
     medians = {name: statistics.median(values) for name, values in times.items()}
-    reference = medians["plain fp32, compiled"]
     print(f"\n{device_name_of(torch.device('cpu'))}; torch {torch.__version__}; {reason}")
     print(f"depth {args.depth}, width {config.n_embd}, seq {args.seq_len}, batch {args.batch}, vocab {args.vocab_size}")
-    print(f"\n{'':24}{'tokens/s':>10}{'step ms':>10}{'ratio':>8}{'first step s':>14}{'share of peak':>15}")
+    print(f"\n{'':22}{'tokens/s':>10}{'step ms':>9}{'vs eager':>10}{'vs compiled':>13}{'1st step s':>12}{'of peak':>9}")
     for name, median in medians.items():
-        peak = matmul_rate(dtype if name.startswith("ours") else torch.float32, config)
-        share = model.estimate_flops() * tokens / median / peak
-        row = f"{name:24}{tokens / median:>10,.0f}{1000 * median:>10.0f}{reference / median:>8.2f}"
-        print(row + f"{first[name]:>14.1f}{share:>15.0%}")
-    print("\nratio: to the compiled plain model. Share of peak: model FLOPs, causality not discounted, over the")
-    print("machine's best rate for one large product in the same dtype.")
-
+        share = flops * tokens / median / matmul_rate(dtype if name == ours else torch.float32, config)
+        ratios = [medians[plain] / median for plain in names[:2]]
+        row = f"{name:22}{tokens / median:>10,.0f}{1000 * median:>9.0f}{ratios[0]:>10.2f}{ratios[1]:>13.2f}"
+        print(row + f"{first[name]:>12.1f}{share:>9.0%}")
+    print("\nOf peak: model FLOPs, causality not discounted, over the machine's best rate for one large matrix product")
+    print(f"in the same dtype (here {matmul_rate(dtype, config) / 1e9:,.0f} GFLOP/s in {dtype}).")
     if args.profile:
-        from torch.profiler import ProfilerActivity, profile
-
-        backend, model, optimizer, call = list(contenders.values())[-1]
-        flash_attn.selected = backend
-        with profile(activities=[ProfilerActivity.CPU]) as recorded:
-            for _ in range(5):
-                train_step(model, optimizer, call, batch)
-        print(recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=16, max_name_column_width=48))
+        pipes[ours].send("profile")
+        print(pipes[ours].recv())
+    for pipe in pipes.values():
+        pipe.send("stop")
 
 
 if __name__ == "__main__":

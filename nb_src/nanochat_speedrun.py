@@ -34,52 +34,72 @@ data_source = ""  # @param {type:"string"}
 text_column = ""  # @param {type:"string"}
 # Shards to train on; -1 computes the number from the training horizon.
 train_shards = -1  # @param {type:"integer"}
-# Characters that the tokenizer learns from, and the most it takes of one document.
+# Characters that the tokenizer learns from.
 tokenizer_max_chars = -1  # @param {type:"integer"}
+# The most characters that it takes of one document.
 tokenizer_doc_cap = -1  # @param {type:"integer"}
 # Tokens in the vocabulary, the nine special ones included.
 vocab_size = -1  # @param {type:"integer"}
 
-# Layers. Width is depth times aspect_ratio, rounded up to whole heads of head_dim.
+# Layers: the one dial from which the rest follows.
 depth = -1  # @param {type:"integer"}
+# Width for each layer of depth, rounded up to whole heads.
 aspect_ratio = -1  # @param {type:"integer"}
+# Width of one attention head.
 head_dim = -1  # @param {type:"integer"}
-# Tokens that the model sees at once, and how far back each layer looks: L all of them, S half.
+# Tokens that the model sees at once.
 max_seq_len = -1  # @param {type:"integer"}
+# How far back each layer looks, repeated over the layers: L all tokens, S half of them.
 window_pattern = ""  # @param {type:"string"}
 
-# How long to train: a number of steps, or of FLOPs, or tokens for each scaling parameter. One is enough.
+# How long to train, as a number of steps. This and the next two are three ways to say it; one is enough.
 num_iterations = -1  # @param {type:"integer"}
+# How long to train, in FLOPs.
 target_flops = -1.0  # @param {type:"number"}
+# How long to train, in tokens for each scaling parameter.
 target_param_data_ratio = -1.0  # @param {type:"number"}
-# Sequences in one forward pass, and tokens in one optimizer step.
+# Sequences in one forward pass: smaller if the memory is too small.
 device_batch_size = -1  # @param {type:"integer"}
+# Tokens in one optimizer step.
 total_batch_size = -1  # @param {type:"integer"}
 
-# Learning rates at a batch of 524,288 tokens, weight decay at depth 12.
+# Learning rate of the embeddings, like the next three at a batch of 524,288 tokens.
 embedding_lr = -1.0  # @param {type:"number"}
+# Learning rate of the output head.
 unembedding_lr = -1.0  # @param {type:"number"}
+# Learning rate of the matrices inside the layers (Muon).
 matrix_lr = -1.0  # @param {type:"number"}
+# Learning rate of the scalars that mix each layer's input.
 scalar_lr = -1.0  # @param {type:"number"}
+# Weight decay of the matrices, at depth 12.
 weight_decay = -1.0  # @param {type:"number"}
+# How much of its past AdamW keeps in its mean gradient.
 adam_beta1 = -1.0  # @param {type:"number"}
+# The same for its mean squared gradient.
 adam_beta2 = -1.0  # @param {type:"number"}
-# The parts of the run in which the learning rate rises and falls, and where it ends.
+# The part of the run in which the learning rate rises.
 warmup_ratio = -1.0  # @param {type:"number"}
+# The part at the end in which it falls.
 warmdown_ratio = -1.0  # @param {type:"number"}
+# Where it ends, as a part of its height.
 final_lr_frac = -1.0  # @param {type:"number"}
 
-# Steps between validations, samples and checkpoints (0 is only at the end), and tokens in a validation.
+# Steps between validations; 0 is only at the end.
 eval_every = -1  # @param {type:"integer"}
+# Tokens in a validation.
 eval_tokens = -1  # @param {type:"integer"}
+# Steps between samples; 0 is only at the end.
 sample_every = -1  # @param {type:"integer"}
+# Steps between checkpoints; 0 leaves it at one every ten minutes and one at the end.
 save_every = -1  # @param {type:"integer"}
 # Tokens of each split in the base evaluation.
 eval_split_tokens = -1  # @param {type:"integer"}
 
-# The checkpoint's name ("" is d and the depth), the attention backend, and whether to compile.
+# The checkpoint's name; "" is d and the depth.
 model_tag = ""  # @param {type:"string"}
+# The attention backend; auto takes the fastest that runs here.
 attention = "auto"  # @param {type:"string"}
+# Whether to compile the model, which takes a minute and is worth it.
 torch_compile = True  # @param {type:"boolean"}
 # A name turns on Weights & Biases: online with a WANDB_API_KEY, offline without.
 run = ""  # @param {type:"string"}
@@ -154,7 +174,6 @@ from nanochat.plots import (
     plot_bpb_bars,
     plot_packing,
     plot_schedules,
-    plot_tokens_per_second,
     plot_windows,
     show_figure,
     show_html,
@@ -221,7 +240,7 @@ show_figure(
 # %%
 from nanochat.stages import finish_stage, finished_stage, what_changed
 from nanochat.offline_corpus import collect_offline_documents
-from nanochat.dataset import CHARACTERS_PER_SHARD, epoch_sentence, plan_data, prepare_corpus, training_characters
+from nanochat.dataset import epoch_sentence, files_holding, plan_data, prepare_corpus, training_characters
 
 # %%
 n_shards, sentence = plan_data(
@@ -245,7 +264,7 @@ from nanochat.report import get_report
 # %%
 report = get_report()
 tokenizer_dir = os.path.join(get_base_dir(), "tokenizer")
-tokenizer_files = corpus.train_files[: -(-params["tokenizer_max_chars"] // CHARACTERS_PER_SHARD)]
+tokenizer_files = files_holding(corpus, params["tokenizer_max_chars"])
 tokenizer_inputs = {
     "files": replace(corpus, train_files=tokenizer_files).fingerprint(),
     "vocab_size": params["vocab_size"],
@@ -310,12 +329,11 @@ from nanochat.base_train import pretrain, sample_text, summarize_training
 from nanochat.tracking import open_tracker, wandb_eval_record, wandb_train_record
 
 # %% [markdown]
-# The first rows of the first batch: documents packed side by side, each colour one document. The hatched ends were
-# cut to fit.
+# Some of the first rows: documents packed side by side, each colour one document. The hatched ends were cut to fit.
 
 # %%
 if rank == 0:
-    show_figure(plot_packing(pack_rows_preview(tokenizer, corpus, rows=8, T=settings.max_seq_len)), "packing")
+    show_figure(plot_packing(pack_rows_preview(tokenizer, corpus, rows=96, T=settings.max_seq_len)[::12]), "packing")
 
 # %%
 reference = D12_REFERENCE if settings.depth == 12 else None
@@ -336,11 +354,10 @@ finally:  # also when it is stopped: the picture so far is worth keeping
     tracker.finish()
 
 # %% [markdown]
-# How fast it went, and the numbers for the report.
+# The numbers, for the report too.
 
 # %%
 if rank == 0:
-    show_figure(plot_tokens_per_second(records), "tokens-per-second")
     facts = {
         "Number of parameters": plan.parameters["total"],
         "Number of FLOPs per token": f"{plan.flops_per_token:e}",
@@ -416,8 +433,8 @@ show_table(
 
 # %%
 if rank == 0:
-    show_table([(text,) for text in base_results["samples"]], header=("greedy, 16 tokens",))
-    show_table([(text,) for text in base_results["unconditioned"]], header=("from nothing, temperature 1",))
+    show_table([(" ".join(text.split()),) for text in base_results["samples"]], header=("greedy, 16 tokens",))
+    show_table([(" ".join(text.split()),) for text in base_results["unconditioned"]], header=("from nothing",))
 
 # %% [markdown]
 # # ▶ Report

@@ -238,16 +238,23 @@ def build(root: Path, names: list[str], force: bool = False) -> list[str]:
     for name in spine_names(project, names):
         path, notebook = root / "notebooks" / f"{name}.ipynb", build_notebook(project, name)
         old, text = path.read_text("utf-8") if path.exists() else "", notebook_text(notebook)
-        if old and old != text and not force:
-            cells = plain_cells(json.loads(old))
-            stamp = json.loads(old)["metadata"].get("unrolled", {}).get("cells")
-            if cells != plain_cells(notebook) and digest(json.dumps(cells)) != stamp:
-                raise Refused(f"notebooks/{name}.ipynb was edited: `pull` it first, or `build --force` drops the edits")
+        if old and not force and holds_edits(old, notebook):
+            raise Refused(f"notebooks/{name}.ipynb was edited: `pull` it first, or `build --force` drops the edits")
         texts.update({path: text} if old != text else {})
     readme, readdressed = readme_texts(project)
     texts.update({root / "README.md": readdressed} if readme != readdressed else {})
     write_all(texts)
     return [f"wrote {path.relative_to(root)}" for path in texts] or ["nothing to do"]
+
+
+def holds_edits(text: str, built: nbformat.NotebookNode) -> bool:
+    """Would building over this notebook file lose something that is neither in the sources nor was built before?"""
+    try:
+        old = json.loads(text)
+        cells, stamp = plain_cells(old), old["metadata"].get("unrolled", {}).get("cells")
+    except (ValueError, KeyError, TypeError):
+        return True  # damaged, perhaps by a merge: a person should look
+    return cells != plain_cells(built) and digest(json.dumps(cells)) != stamp
 
 
 def check(root: Path, names: list[str]) -> list[str]:
@@ -286,7 +293,8 @@ def notebook_faults(project: Project, name: str) -> list[str]:
     for cell in notebook["cells"]:
         if cell.get("outputs") or cell.get("execution_count"):
             faults.append(f"{place}cell {cell.get('id')} has outputs: run `build {name}`, which drops them")
-        if left := re.search(rf"^\s*(?:from|import) (?:{tops})\..*", "".join(cell["source"]), re.M):
+        left = re.search(rf"^\s*(?:from|import) (?:{tops})\..*", "".join(cell["source"]), re.M)
+        if left and cell["cell_type"] == "code":
             faults.append(f"{place}cell {cell.get('id')} has a local import left over: `{left[0].strip()}`")
     if have != want or not faults:
         number = first_difference(have, want)

@@ -114,7 +114,7 @@ def literal_of(node: ast.AST) -> tuple | None:
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
             value = ast.literal_eval(node.value)
             return None if value is None else (node.targets[0].id, value)
-    except ValueError:
+    except (ValueError, TypeError):
         pass
     return None
 

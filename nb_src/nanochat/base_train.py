@@ -187,6 +187,9 @@ def sample_text(model: GPT, tokenizer, prompts=SAMPLE_PROMPTS, max_tokens: int =
 
 
 # %%
+AUTOSAVE_SECONDS = 600  # whatever save_every says, no crash costs more than this
+
+
 def pretrain(
     plan: PretrainPlan, corpus, tokenizer, device: torch.device, compute_dtype: torch.dtype, compile_model=True
 ):
@@ -255,6 +258,7 @@ def pretrain(
     loader = loader_of("train", resume_state_dict=loader_state)
     batch = next(loader)
     val_bpb, epoch, stops = None, batch[2]["epoch"], 0
+    last_save = time.monotonic()
 
     def save(step):
         states = [loader_state] * world_size
@@ -288,6 +292,7 @@ def pretrain(
             save_now = settings.save_every > 0 and step % settings.save_every == 0 and step not in (0, first_step)
             if save_now and not last_step:
                 save(step)
+                last_save = time.monotonic()
             if last_step:
                 record = TrainRecord(
                     step, None, smoothed(ema_loss, step), 0.0, 0.0, 0.0, None, epoch, total_seconds, 0.0,
@@ -301,7 +306,7 @@ def pretrain(
 
             synchronize(device)
             started = time.perf_counter()
-            totals = torch.zeros(2, device=device)  # loss, and how many processes were asked to stop
+            totals = torch.zeros(3, device=device)  # loss, how many were asked to stop, whether it is time to save
             for _ in range(plan.gradient_accumulation):
                 inputs, targets, state = batch
                 loss = model(inputs, targets) / plan.gradient_accumulation
@@ -319,9 +324,10 @@ def pretrain(
             optimizer.step()
             model.zero_grad(set_to_none=True)
             totals[1] = float(stop.requested)
+            totals[2] = float(rank == 0 and time.monotonic() - last_save > AUTOSAVE_SECONDS)
             if is_ddp_initialized():
                 dist.all_reduce(totals)
-            loss_sum, stops = totals.tolist()
+            loss_sum, stops, save_is_due = totals.tolist()
             synchronize(device)
             seconds = time.perf_counter() - started
 
@@ -356,10 +362,12 @@ def pretrain(
             if rank == 0:
                 log.append(record)
             yield record
-            if stops and step + 1 < plan.iterations:
+            if (stops or save_is_due) and step + 1 < plan.iterations:
                 val_bpb = None
                 save(step + 1)
-                break
+                last_save = time.monotonic()
+                if stops:
+                    break
             collect_garbage(step - first_step)
     gc.enable()
     if stop.requested or stops:

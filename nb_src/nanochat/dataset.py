@@ -201,17 +201,29 @@ def epoch_sentence(characters: float, tokens: int, characters_per_token: float =
     )
 
 
+def file_characters(path, text_column: str) -> int:
+    """About how many characters a file holds, from its footer alone."""
+    with damage_named(path):
+        metadata = pq.read_metadata(path)
+        column = metadata.schema.to_arrow_schema().names.index(text_column)
+        groups = (metadata.row_group(index).column(column) for index in range(metadata.num_row_groups))
+        return sum(group.total_uncompressed_size for group in groups)
+
+
 def training_characters(corpus: Corpus) -> int:
-    """About how many characters the training files hold, from their footers alone."""
-    total = 0
+    """About how many characters the training files hold."""
+    return sum(file_characters(path, corpus.text_column) for path in corpus.train_files)
+
+
+def files_holding(corpus: Corpus, characters: int) -> tuple[str, ...]:
+    """The first training files that together hold about this many characters, or all of them."""
+    total, files = 0, []
     for path in corpus.train_files:
-        with damage_named(path):
-            metadata = pq.read_metadata(path)
-            column = metadata.schema.to_arrow_schema().names.index(corpus.text_column)
-            for index in range(metadata.num_row_groups):
-                chunk = metadata.row_group(index).column(column)
-                total += chunk.total_uncompressed_size - 4 * chunk.num_values  # four bytes say how long each text is
-    return total
+        files.append(path)
+        total += file_characters(path, corpus.text_column)
+        if total >= characters:
+            break
+    return tuple(files)
 
 
 def plan_data(source: str, tokens: int, train_shards: int = -1, tokenizer_characters: int = 0) -> tuple[int, str]:

@@ -30,14 +30,15 @@ def evaluate_bpb(model, batches, steps: int, token_bytes: torch.Tensor) -> float
     token_bytes: (V,) int32, the bytes of each token; 0 for tokens that are not text.
     Returns inf when no byte was counted. Every rank must call it. Spec section 12.
     """
-    nats = torch.zeros((), dtype=torch.float64, device=token_bytes.device)  # fp32 drifts over millions of terms
-    n_bytes = torch.zeros((), dtype=torch.int64, device=token_bytes.device)
+    home = "cpu" if token_bytes.device.type == "mps" else token_bytes.device  # Apple GPUs have no fp64
+    nats = torch.zeros((), dtype=torch.float64, device=home)  # fp32 drifts over millions of terms
+    n_bytes = torch.zeros((), dtype=torch.int64, device=home)
     for inputs, targets in itertools.islice(batches, steps):
         losses = model(inputs, targets, loss_reduction="none").view(-1)
         targets = targets.reshape(-1)
         lengths = token_bytes[targets.clamp(min=0)] * (targets >= 0)
-        nats += torch.where(lengths > 0, losses, 0).sum(dtype=torch.float64)
-        n_bytes += lengths.sum()
+        nats += torch.where(lengths > 0, losses, 0).to(home).sum(dtype=torch.float64)
+        n_bytes += lengths.to(home).sum()
     if is_ddp_initialized():
         dist.all_reduce(nats)
         dist.all_reduce(n_bytes)

@@ -128,6 +128,11 @@ def plan_pretraining(settings: PretrainSettings, vocab_size: int) -> PretrainPla
         reference_tokens = settings.target_param_data_ratio * reference_params
         batch = 2 ** round(math.log2(REFERENCE_BATCH * (target_tokens / reference_tokens) ** 0.383))
     world_size = get_dist_info()[3]
+    if config.padded_vocab_size % world_size:
+        raise UserError(
+            f"the tables of {config.padded_vocab_size} rows do not divide over {world_size} processes. "
+            "Start 1, 2, 4, 8 or another power of two."
+        )
     pass_tokens = settings.device_batch_size * settings.max_seq_len * world_size
     if pass_tokens <= 0 or batch % pass_tokens:
         below = max(1, batch // max(pass_tokens, 1)) * pass_tokens

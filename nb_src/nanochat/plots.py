@@ -407,7 +407,7 @@ def training_log_line(record, total_steps: int) -> str:
 
 
 # %% [markdown]
-# ### `plot_tokens_per_second`
+# ### `draw_throughput`
 # A flat line is a healthy run. The first steps are slow (compiling, warming caches), so the median is the number to
 # quote.
 
@@ -424,20 +424,6 @@ def draw_throughput(axes, steps: list, speeds: list) -> None:
         axes.set_title(f"tokens per second (median {median:,.0f})")
     axes.yaxis.set_major_locator(MaxNLocator(3))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}")
-
-
-@rc_context(PLOT_STYLE)
-def plot_tokens_per_second(records) -> Figure:
-    """Throughput of every step of a run. records: anything with `step` and `tokens_per_second`."""
-    points = [(record_field(r, "step"), record_field(r, "tokens_per_second")) for r in records]
-    points = [(step, speed) for step, speed in points if speed]  # the last record may only evaluate
-    figure = Figure(figsize=(8, 2.2))
-    axes = figure.subplots()
-    draw_throughput(axes, [step for step, _ in points], [speed for _, speed in points])
-    axes.set_xlabel("step")
-    axes.margins(x=0.01)
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    return figure
 
 
 # %% [markdown]

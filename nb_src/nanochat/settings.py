@@ -8,6 +8,7 @@
 # %%
 import argparse
 import difflib
+import math
 import sys
 
 import torch
@@ -26,7 +27,7 @@ D12_RUN = dict(
     num_iterations=-1, target_flops=-1.0, target_param_data_ratio=8.5, device_batch_size=16, total_batch_size=-1,
     embedding_lr=0.3, unembedding_lr=0.004, matrix_lr=0.02, scalar_lr=0.5, weight_decay=0.2, adam_beta1=0.8,
     adam_beta2=0.95, warmup_ratio=0.0, warmdown_ratio=0.5, final_lr_frac=0.0, eval_every=250, eval_tokens=40 * 524288,
-    sample_every=-1, save_every=250, eval_split_tokens=40 * 524288,
+    sample_every=-1, save_every=-1, eval_split_tokens=40 * 524288,
 )  # fmt: skip
 PRESETS = {
     "a100": D12_RUN,
@@ -58,6 +59,7 @@ PARAMETER_TYPES = dict(
 )  # fmt: skip
 MAY_BE_ZERO = {"warmup_ratio", "warmdown_ratio", "final_lr_frac", "weight_decay", "adam_beta1", "adam_beta2",
                "eval_every", "sample_every", "save_every", "price_per_hour"}  # fmt: skip
+FRACTIONS = {"warmup_ratio", "warmdown_ratio", "final_lr_frac", "adam_beta1", "adam_beta2"}
 
 # %% [markdown]
 # ### `resolve_parameters`
@@ -74,14 +76,14 @@ def resolve_parameters(cell: dict, arguments: list[str] | None = None) -> dict:
     chosen = {name: typed_value(name, value) for name, value in (cell | parse_arguments(arguments or [])).items()}
     preset = choose_preset(chosen["preset"])
     defaults = PRESETS[preset]
-    if any(is_given(chosen[name]) for name in HORIZONS):
-        defaults = defaults | {name: -1 for name in HORIZONS}
+    if any(is_given(chosen[name]) for name in HORIZONS):  # the preset's ratio stays: a batch size may follow from it
+        defaults = defaults | dict(num_iterations=-1, target_flops=-1.0)
     filled = {name: value if is_given(value) else defaults.get(name, value) for name, value in chosen.items()}
     for name, value in filled.items():
         is_number = PARAMETER_TYPES[name] in (int, float) and is_given(value)
-        if is_number and (value < 0 or value == 0 and name not in MAY_BE_ZERO):
+        if is_number and not (0 < value < math.inf or value == 0 and name in MAY_BE_ZERO):  # nan fails both
             raise UserError(f"{name} is {value}; it must be positive, or -1 for the preset's value.")
-        if name.endswith(("_ratio", "_frac")) and name not in ("aspect_ratio", "target_param_data_ratio") and value > 1:
+        if name in FRACTIONS and value > 1:
             raise UserError(f"{name} is {value}; it is a fraction between 0 and 1.")
     return filled | {"preset": preset}
 
@@ -99,6 +101,8 @@ def parse_arguments(arguments: list[str]) -> dict[str, str]:
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
         name = unknown[0].lstrip("-").split("=")[0]
+        if name in PARAMETER_TYPES:
+            raise UserError(f"{unknown[0]!r} is not understood; parameters are written --{name}=value.")
         near = difflib.get_close_matches(name, PARAMETER_TYPES, 1)
         hint = f"did you mean {near[0]!r}?" if near else "--help lists them."
         raise UserError(f"there is no parameter {name!r}; {hint}")

@@ -20,8 +20,17 @@ BLOCK = CPU_QUERY_BLOCK
 TOLERANCE = dict(atol=2e-5, rtol=1e-4)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These tensors are tiny: several threads would mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def reference_attention(q, k, v, left, first_position=0):
-    """Spec 1.3, one query at a time in float64. q (B, Tq, H, D) at positions first_position...; k, v (B, Tk, H_kv, D)."""
+    """Spec 1.3, one query at a time in float64. q (B, Tq, H, D) from first_position on; k, v (B, Tk, H_kv, D)."""
     q, k, v = q.double(), k.double(), v.double()
     share = q.size(2) // k.size(2)  # heads that read one key-value head
     k, v = (x.repeat_interleave(share, dim=2) for x in (k, v))
@@ -75,7 +84,7 @@ def test_blocks_of_queries_join_without_a_seam(T, left):
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), B=st.integers(1, 3), T=st.integers(2, 40), H_kv=st.integers(1, 2), share=st.integers(1, 3))
 def test_the_banded_form_agrees_with_the_reference(data, B, T, H_kv, share):
-    """The GPU's way with windows reading padding as keys, or mixing rows of the batch; it must be right without a GPU to see it."""
+    """The GPU's way with windows that reads padding as keys or mixes rows of the batch, seen without a GPU."""
     left = data.draw(st.sampled_from([1, T - 1]) | st.integers(1, T - 1))
     q, k, v = random_qkv(B * T + left, B, T, T, H_kv * share, H_kv, 4)
     y = banded_sdpa(*(x.transpose(1, 2) for x in (q, k, v)), left).transpose(1, 2)
@@ -107,7 +116,7 @@ def test_gradients_of_a_grouped_query_layer_agree_with_the_reference(left):
 
 @pytest.mark.parametrize("left, visible", [(0, 1), (1, 2), (4, 5), (-1, 10)])
 def test_a_window_is_left_tokens_and_the_token_itself(left, visible):
-    """left keys instead of left + 1: every checkpoint trained elsewhere would see a shorter window. Counted, not compared."""
+    """left keys instead of left + 1, counted: checkpoints trained elsewhere would see a shorter window."""
     T = 10
     q = torch.zeros(1, T, 1, T)  # equal scores: the output is the mean over what is visible
     v = torch.eye(T).view(1, T, 1, T)
@@ -129,7 +138,7 @@ def test_a_window_is_left_tokens_and_the_token_itself(left, visible):
 )
 @example(shape=(2, 1, 2, 1, 8, 3), position=10, room=0, seed=0)
 def test_a_cached_call_agrees_with_the_reference_at_any_position(shape, position, room, seed):
-    """New tokens that see the wrong part of the past, or each other's future; a cache written beside its place or advanced twice."""
+    """New tokens that see the wrong past, or each other's future; a cache written beside its place or advanced."""
     B, T_new, H, H_kv, D, left = shape
     end = position + T_new
     q, keys, values = random_qkv(seed, B, T_new, end, H, H_kv, D)

@@ -247,3 +247,21 @@ def test_signals_are_given_back(world, base_dir):
     started = time.monotonic()
     records_of(world, base_dir)
     assert signal.getsignal(signal.SIGINT) is before and time.monotonic() > started
+
+
+def test_without_a_compiler_it_says_so_and_trains(world, base_dir, monkeypatch, capsys):
+    """Prevents a machine without a C++ compiler from being unable to train, or from being slow in silence."""
+
+    def no_compiler(function, **options):
+        def fail(*args):
+            raise RuntimeError("No working C++ compiler found\nmore about it")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    _, _, tokenizer = world
+    plan, corpus = small_plan(num_iterations=2, save_every=-1), small_corpus(base_dir / "data")
+    records = list(pretrain(plan, corpus, tokenizer, torch.device("cpu"), torch.float32, compile_model=True))
+    assert len(records) == 3
+    printed = capsys.readouterr().out
+    assert printed.count("torch.compile is not available here (RuntimeError: No working C++ compiler found)") == 1

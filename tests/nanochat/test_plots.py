@@ -28,7 +28,6 @@ from nanochat.plots import (
     plot_bpb_bars,
     plot_packing,
     plot_schedules,
-    plot_tokens_per_second,
     plot_windows,
     show_figure,
     show_html,
@@ -105,7 +104,6 @@ FIGURES = {
     "windows": lambda: plot_windows([(1024, 0), (1024, 0), (1024, 0), (2048, 0)] * 6 + [(-1, 0)], 2048),
     "schedules": lambda: plot_schedules(1785, lambda s: 1 - s / 1785, lambda s: 0.95, lambda s: 0.2),
     "bars": lambda: plot_bpb_bars({"zlib -9": 2.4, "xz -9e": 1.84, "this model": 1.7}),
-    "speed": lambda: plot_tokens_per_second(list(training_records(300))),
     "live": lambda: chart_after(1785, reference=D12_REFERENCE).figure(),
 }
 

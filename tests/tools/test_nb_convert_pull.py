@@ -3,9 +3,9 @@ import json
 
 import nbformat
 import pytest
-from conftest import BASE, COUNT, SPINE, Tree, cell_of, source_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_tree import BASE, COUNT, SPINE, Tree, cell_of, source_of
 
 import nb_convert
 
@@ -455,12 +455,12 @@ def test_any_edits_come_back_or_are_refused_whole(files, data, tmp_path_factory)
     path = tree.root / "notebooks/spine.ipynb"
     nb_convert.build(tree.root, [])
     notebook = tree.notebook("spine")
-    for _ in range(data.draw(st.integers(1, 4))):
+    for step in range(data.draw(st.integers(1, 4))):
         cells, place = notebook["cells"], data.draw(st.integers(0, len(notebook["cells"]) - 1))
         match data.draw(st.sampled_from(["insert", "delete", "edit", "swap", "copy"])):
             case "insert":
                 kind = data.draw(st.sampled_from(["code", "markdown"]))
-                cells.insert(place, new_cell("# " + data.draw(LINES), kind) | {"id": f"new{len(cells)}"})
+                cells.insert(place, new_cell("# " + data.draw(LINES), kind) | {"id": f"new{step}"})
             case "delete" if len(cells) > 1:
                 del cells[place]
             case "edit":
@@ -468,7 +468,7 @@ def test_any_edits_come_back_or_are_refused_whole(files, data, tmp_path_factory)
             case "swap":
                 cells[place], cells[place - 1] = cells[place - 1], cells[place]
             case "copy":
-                cells.insert(place, copy.deepcopy(cells[place]) | {"id": f"copy{len(cells)}"})
+                cells.insert(place, copy.deepcopy(cells[place]) | {"id": f"copy{step}"})
     tree.save(notebook, "spine")
     before, wanted = tree.files(), nb_convert.plain_cells(notebook)
     try:

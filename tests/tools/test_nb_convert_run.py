@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import cell_of, source_of
+from small_tree import cell_of, source_of
 
 import nb_convert
 

@@ -1,0 +1,233 @@
+import ast
+import math
+import sys
+
+import pytest
+import torch
+
+from helpers import REPOSITORY
+from nanochat.planning import PretrainSettings, plan_pretraining
+from nanochat.runtime import UserError
+from nanochat.settings import PARAMETER_TYPES, PRESETS, command_line, resolve_parameters
+
+
+def parameter_cell() -> str:
+    """The text of the cell that papermill and Colab's forms write to."""
+    source = (REPOSITORY / "nb_src" / "nanochat_speedrun.py").read_text(encoding="utf-8")
+    return source.split('# %% tags=["parameters"]\n')[1].split("\n# %%")[0]
+
+
+CELL = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(parameter_cell()).body}
+
+
+def resolved(*arguments, **changes):
+    return resolve_parameters(CELL | dict(preset="a100") | changes, list(arguments))
+
+
+def plan_of(params):
+    names = PretrainSettings.__dataclass_fields__
+    return plan_pretraining(PretrainSettings(**{name: params[name] for name in names}), params["vocab_size"])
+
+
+# ---- the cell in the notebook
+
+
+def test_the_parameter_cell_binds_exactly_the_known_names_with_their_types():
+    """A parameter that the notebook shows and nothing reads, or one that can only be given on a command line."""
+    assert {name: type(value) for name, value in CELL.items()} == PARAMETER_TYPES
+
+
+def test_the_parameter_cell_is_plain_assignments_of_literals():
+    """papermill finds no type for anything else, and would replace a cell that computes something."""
+    for node in ast.parse(parameter_cell()).body:
+        assert isinstance(node, ast.Assign) and len(node.targets) == 1
+        value = node.value.operand if isinstance(node.value, ast.UnaryOp) else node.value
+        assert isinstance(value, ast.Constant), ast.unparse(node)
+
+
+def test_each_parameter_has_a_comment_of_its_own_without_an_equals_sign():
+    """A parameter that no one explains; a comment that papermill takes for an assignment."""
+    lines = parameter_cell().splitlines()
+    for number, line in enumerate(lines):
+        if line.startswith("#"):
+            assert "=" not in line, line
+        elif line:
+            assert number and lines[number - 1].startswith("# "), line
+            assert "=" not in line.partition("#")[2], line
+
+
+def test_nothing_is_decided_in_the_cell_except_what_no_preset_knows():
+    """A default in the cell that overrules every preset."""
+    known = {name for preset in PRESETS.values() for name in preset}
+    assert {name for name in known if CELL[name] not in ("", -1)} == set()
+    assert all(set(preset) == known for preset in PRESETS.values())
+
+
+# ---- presets
+
+
+def test_the_a100_preset_is_the_original_run_value_for_value():
+    """A number that differs from the run whose results the notebook shows for comparison (spec 14.1)."""
+    original = dict(
+        run="", device_type="", depth=12, aspect_ratio=64, head_dim=128, max_seq_len=2048, window_pattern="SSSL",
+        num_iterations=-1, target_flops=-1.0, target_param_data_ratio=8.5, device_batch_size=16, total_batch_size=-1,
+        embedding_lr=0.3, unembedding_lr=0.004, weight_decay=0.2, matrix_lr=0.02, scalar_lr=0.5, adam_beta1=0.8,
+        adam_beta2=0.95, warmup_ratio=0.0, warmdown_ratio=0.5, final_lr_frac=0.0, eval_every=250,
+        eval_tokens=40 * 524_288, sample_every=-1, save_every=-1, model_tag="",
+        vocab_size=32_768, tokenizer_max_chars=2_000_000_000, tokenizer_doc_cap=10_000, data_source="fineweb-edu",
+    )  # fmt: skip
+    params = resolved()
+    assert {name: params[name] for name in original} == original
+    plan = plan_of(params)
+    assert (plan.iterations, plan.total_batch_size, plan.gradient_accumulation) == (1_785, 524_288, 16)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_complete_and_fits_together(preset):
+    """A preset whose batch does not divide, or that leaves a -1 which nothing derives."""
+    params = resolved(preset=preset)
+    may_be_derived = {"train_shards", "num_iterations", "target_flops", "total_batch_size"}
+    may_be_derived |= {"sample_every", "save_every"}
+    empty = {"base_dir", "device_type", "text_column", "model_tag", "run"}
+    assert {name for name, value in params.items() if value in ("", -1)} <= may_be_derived | empty
+    for name, kind in PARAMETER_TYPES.items():
+        assert type(params[name]) is kind, name
+    assert plan_of(params).iterations > 0
+
+
+@pytest.mark.parametrize(
+    "capability, preset", [(None, "cpu"), ((7, 5), "t4"), ((8, 0), "a100"), ((8, 9), "a100"), ((9, 0), "h100")]
+)
+def test_auto_takes_the_preset_of_the_device(monkeypatch, capability, preset):
+    """The original run started on a laptop, or the laptop's on a GPU that costs money by the hour."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
+    assert resolved(preset="auto")["preset"] == preset
+
+
+# ---- precedence
+
+
+def test_command_line_beats_cell_beats_preset():
+    """A value that someone gave and that something else silently replaced."""
+    assert resolved()["depth"] == 12
+    assert resolved(depth=8)["depth"] == 8
+    assert resolved("--depth=6", depth=8)["depth"] == 6
+    assert resolved("--preset=cpu")["data_source"] == "offline"
+    assert resolved("--preset=cpu", data_source="climbmix")["data_source"] == "climbmix"
+    assert resolved("--depth=-1")["depth"] == 12, "-1 is the preset's"
+    assert resolved(eval_every=0)["eval_every"] == 0, "0 is a value"
+
+
+def test_arguments_as_torchrun_passes_them():
+    """--name=value and --name value, negative numbers, text with blanks, True and False in any case."""
+    params = resolved(
+        "--depth=4", "--head_dim", "64", "--matrix_lr=1e-2", "--target_flops", "-1", "--torch_compile=false",
+        "--data_source=/my texts/here", "--price_per_hour=2", "--run=",
+    )  # fmt: skip
+    expected = dict(
+        depth=4, head_dim=64, matrix_lr=0.01, target_flops=-1.0, torch_compile=False, data_source="/my texts/here",
+        price_per_hour=2.0, run="",
+    )  # fmt: skip
+    assert {name: params[name] for name in expected} == expected
+    assert {name: type(params[name]) for name in expected} == {name: PARAMETER_TYPES[name] for name in expected}
+
+
+def test_the_command_line_of_a_kernel_is_not_ours(monkeypatch):
+    """A notebook that stumbles over the file name which Jupyter passes to its kernel."""
+    monkeypatch.setattr("sys.argv", ["nanochat_speedrun.py", "--depth=4"])
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    assert command_line() == ["--depth=4"]
+    monkeypatch.setitem(sys.modules, "ipykernel", object())
+    assert command_line() is None
+    assert resolve_parameters(CELL | dict(preset="cpu"), None)["depth"] == PRESETS["cpu"]["depth"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "name, value", [("num_iterations", 7), ("target_flops", 1e17), ("target_param_data_ratio", 3.5)]
+)
+def test_a_horizon_replaces_the_one_of_the_preset(preset, name, value):
+    """Asking for 7 steps, or for a ratio, and getting the preset's horizon or an error about the batch size."""
+    plan = plan_of(resolved(preset=preset, **{name: value}))
+    if name == "num_iterations":
+        assert plan.iterations == 7
+    elif name == "target_flops":
+        assert plan.iterations == round(1e17 / (plan.flops_per_token * plan.total_batch_size))
+    else:
+        assert plan.iterations == int(3.5 * plan.scaling_params) // plan.total_batch_size
+
+
+def test_a_shorter_run_keeps_the_batch_of_the_preset():
+    """A trial of ten steps that trains with another batch size than the run which it tries."""
+    assert plan_of(resolved(num_iterations=10)).total_batch_size == plan_of(resolved()).total_batch_size
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    "argument, sentence",
+    [
+        ("--dpeth=4", "no parameter 'dpeth'; did you mean 'depth'"),
+        ("--weight-decay=0.1", "no parameter 'weight-decay'; did you mean 'weight_decay'"),
+        ("--dep=4", "no parameter 'dep'; did you mean 'depth'"),  # and is not taken as an abbreviation
+        ("--zzz=4", "no parameter 'zzz'; --help lists them"),
+        ("depth=4", "'depth=4' is not understood; parameters are written --depth=value"),
+        ("-depth=4", "'-depth=4' is not understood; parameters are written --depth=value"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_nearest_one(argument, sentence):
+    """A misspelt parameter that is ignored: the run does something else, for hours."""
+    with pytest.raises(UserError, match=sentence):
+        resolved(argument)
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        (dict(depth="twelve"), "depth is 'twelve'; it must be of type int"),
+        (dict(depth=4.5), "depth is 4.5; it must be of type int"),
+        (dict(depth="4.5"), "depth is '4.5'; it must be of type int"),
+        (dict(depth=True), "depth is True; it must be of type int"),
+        (dict(depth=None), "depth is None; it must be of type int"),
+        (dict(matrix_lr="fast"), "matrix_lr is 'fast'; it must be of type float"),
+        (dict(torch_compile="maybe"), "torch_compile is 'maybe'; it must be True or False"),
+        (dict(torch_compile=1), "torch_compile is 1; it must be True or False"),
+        (dict(data_source=5), "data_source is 5; it must be of type str"),
+        (dict(preset="a1000"), "preset is 'a1000'; it can be auto, .*a100"),
+        (dict(preset=""), "preset is ''; it can be auto"),
+    ],
+)
+def test_a_wrong_type_is_one_clear_sentence(changes, sentence):
+    """A TypeError from the middle of the data stage instead of a sentence at once."""
+    with pytest.raises(UserError, match=sentence):
+        resolved(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        (dict(depth=0), "depth is 0; it must be positive"),
+        (dict(depth=-2), "depth is -2; it must be positive, or -1"),
+        (dict(device_batch_size=0), "device_batch_size is 0"),
+        (dict(matrix_lr=-0.02), "matrix_lr is -0.02"),
+        (dict(matrix_lr=0.0), "matrix_lr is 0.0"),
+        (dict(matrix_lr=math.nan), "matrix_lr is nan"),
+        (dict(target_flops=math.inf), "target_flops is inf"),
+        (dict(warmdown_ratio=1.5), "warmdown_ratio is 1.5; it is a fraction"),
+        (dict(final_lr_frac=2.0), "final_lr_frac is 2.0; it is a fraction"),
+        (dict(adam_beta2=95.0), "adam_beta2 is 95.0; it is a fraction"),
+        (dict(price_per_hour=-3.0), "price_per_hour is -3.0"),
+    ],
+)
+def test_an_impossible_value_is_one_clear_sentence(changes, sentence):
+    """A run that divides by zero, or diverges, after the tokenizer was trained."""
+    with pytest.raises(UserError, match=sentence):
+        resolved(**changes)
+
+
+def test_the_original_ratios_above_one_are_no_fractions():
+    """A check of fractions that forbids 8.5 tokens for each parameter."""
+    params = resolved(target_param_data_ratio=20.0, aspect_ratio=96, warmdown_ratio=1.0)
+    assert (params["target_param_data_ratio"], params["aspect_ratio"], params["warmdown_ratio"]) == (20.0, 96, 1.0)
