@@ -170,18 +170,20 @@ def build_notebook(project: Project, name: str) -> nbformat.NotebookNode:
     for cell, cell_id in zip(cells, cell_ids(cells), strict=True):
         metadata = {**cell.options, "unrolled": {"source": cell.source.path, "cell": cell.index}}
         notebook.cells.append(NEW_CELL[cell.kind](shown(project, cell, name), id=cell_id, metadata=metadata))
-    notebook.metadata = nbformat.from_dict({
-        "accelerator": "GPU",
-        "colab": {"gpuType": gpu, "provenance": [], "toc_visible": True},
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-        "language_info": {"name": "python"},
-        "unrolled": {  # for pull and build to know later what this came from, and whether either side was edited
-            "spine": name,
-            "address": {key: project.settings[key] for key in ("repository", "branch")},
-            "sources": {source.path: digest(source.text) for source in used},
-            "cells": digest(json.dumps(plain_cells(notebook))),
-        },
-    })
+    notebook.metadata = nbformat.from_dict(
+        {
+            "accelerator": "GPU",
+            "colab": {"gpuType": gpu, "provenance": [], "toc_visible": True},
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+            "unrolled": {  # for pull and build to know later what this came from, and whether either side was edited
+                "spine": name,
+                "address": {key: project.settings[key] for key in ("repository", "branch")},
+                "sources": {source.path: digest(source.text) for source in used},
+                "cells": digest(json.dumps(plain_cells(notebook))),
+            },
+        }
+    )
     nbformat.validate(notebook)
     return notebook
 

@@ -36,7 +36,6 @@ DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 OTHER_SCOPES = (*DEFINITIONS, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
-
 class Refused(Exception):
     """What a person has to put right: one fault for each argument. Whoever raises it has changed nothing."""
 

@@ -133,9 +133,7 @@ def test_a_window_is_left_tokens_and_the_token_itself(left, visible):
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    shape=shapes(24), position=st.integers(0, 24), room=st.integers(0, 5), seed=st.integers(0, 2**32 - 1)
-)
+@given(shape=shapes(24), position=st.integers(0, 24), room=st.integers(0, 5), seed=st.integers(0, 2**32 - 1))
 @example(shape=(2, 1, 2, 1, 8, 3), position=10, room=0, seed=0)
 def test_a_cached_call_agrees_with_the_reference_at_any_position(shape, position, room, seed):
     """New tokens that see the wrong past, or each other's future; a cache written beside its place or advanced."""

@@ -199,9 +199,7 @@ def test_cache_prefill_shares_one_row_out():
     assert large.get_pos() == 0
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 2, 9, 4, 5), (2, 2, 3, 4, 5), (1, 1, 3, 4, 5), (1, 2, 3, 8, 5), (1, 2, 3, 4, 6)]
-)
+@pytest.mark.parametrize("shape", [(1, 2, 9, 4, 5), (2, 2, 3, 4, 5), (1, 1, 3, 4, 5), (1, 2, 3, 8, 5), (1, 2, 3, 4, 6)])
 def test_cache_prefill_refuses_what_does_not_fit(shape):
     """Broadcasting would take some wrong shapes without a word."""
     with pytest.raises(ValueError, match="does not fit"):

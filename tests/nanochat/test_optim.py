@@ -129,9 +129,7 @@ def test_muon_agrees_with_a_transcription_of_its_definition(shape, beta2):
             numbers = (group["momentum"], group["lr"], group["weight_decay"], beta2 or 0.0)
             state[:] = reference_muon(state[0], p.grad.double(), state[1], V, *numbers)
         optimizer.step()
-        for (P, M, V), p, momentum, second in zip(
-            expected, params, *optimizer.state[params[0]].values(), strict=True
-        ):
+        for (P, M, V), p, momentum, second in zip(expected, params, *optimizer.state[params[0]].values(), strict=True):
             torch.testing.assert_close(p.double(), P, atol=2e-5, rtol=1e-4)
             torch.testing.assert_close(momentum.double(), M, atol=1e-6, rtol=1e-5)
             torch.testing.assert_close(second.double(), V, atol=1e-5, rtol=1e-3)

@@ -56,9 +56,7 @@ def test_d12_is_the_published_run():
         (26, 8.5, 1_681_790_292, 6.185320e9, 2**20, 7_444, 1.4142, 0.0426),
     ],
 )
-def test_larger_runs_are_the_published_ones(
-    depth, ratio, parameters, flops, batch, iterations, lr_scale, weight_decay
-):
+def test_larger_runs_are_the_published_ones(depth, ratio, parameters, flops, batch, iterations, lr_scale, weight_decay):
     """A scaling rule that is only right at the depth where it was tuned (spec 14.2)."""
     plan = plan_of(depth=depth, target_param_data_ratio=ratio)
     assert plan.parameters["total"] == parameters

@@ -66,7 +66,7 @@ def test_an_unreadable_record_means_not_finished(base_dir, content):
 
 
 def test_what_changed_names_inputs_and_both_values():
-    """"Redone" without a reason leaves the reader to guess which of thirty parameters it was."""
+    """ "Redone" without a reason leaves the reader to guess which of thirty parameters it was."""
     old = {"vocab_size": 4096, "corpus": {"name": "fineweb", "shards": 4}, "gone": True, "same": [1, 2]}
     finish_stage("tokenizer", old, {})
     new = {"vocab_size": 8192, "corpus": {"name": "fineweb", "shards": 8}, "fresh": "x" * 100, "same": (1, 2)}
