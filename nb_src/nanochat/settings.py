@@ -41,7 +41,7 @@ PRESETS = {
     # are twelve times lower and learn far less in so few steps.
     "cpu": D12_RUN | dict(
         data_source="offline", vocab_size=4096, tokenizer_max_chars=20_000_000, depth=4, head_dim=64, max_seq_len=512,
-        window_pattern="L", num_iterations=240, device_batch_size=16, total_batch_size=8192, matrix_lr=0.34,
+        window_pattern="L", num_iterations=210, device_batch_size=16, total_batch_size=8192, matrix_lr=0.34,
         embedding_lr=4.5, unembedding_lr=0.09, scalar_lr=4.0, weight_decay=0.022, eval_every=60, eval_tokens=4 * 8192,
         save_every=60, eval_split_tokens=8 * 8192,
     ),
