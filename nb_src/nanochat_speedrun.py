@@ -10,7 +10,7 @@
 # | stage | what comes out | A100 40 GB | CPU, 2 cores |
 # | --- | --- | --- | --- |
 # | ▶ Plan | the model and the budget, worked out from its depth | seconds | seconds |
-# | ▶ Data | shards of text on disk | 10 min | 20 s |
+# | ▶ Data | shards of text on disk | 2.5 GB to fetch | 20 s |
 # | ▶ Tokenizer | 32,768 pieces that text is made of | 1.5 min · 1 ¢ | 3 s |
 # | ▶ Pretrain | a base model that continues text | 77 min · 70 ¢ | 4 min |
 # | ▶ Base evaluation | bits per byte, samples | 3 min · 3 ¢ | 20 s |

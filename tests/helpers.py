@@ -1,6 +1,9 @@
 """What several tests need: a small corpus of real English, a tokenizer trained on it, a plan for a tiny model."""
 
 import ast
+import os
+import socket
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -58,10 +61,24 @@ def small_plan(**changes):
 
 def python_environment(**variables) -> dict[str, str]:
     """The environment for a subprocess that imports the chapters."""
-    import os
-
     paths = os.pathsep.join([str(REPOSITORY / "nb_src"), str(REPOSITORY / "tests")])
     return {**os.environ, "PYTHONPATH": paths, **{name: str(value) for name, value in variables.items()}}
+
+
+def run_ranks(program: str, *arguments, world_size: int = 2) -> list[str]:
+    """Run a program as the ranks of one gloo group on this machine; what each of them printed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    group = dict(OMP_NUM_THREADS=1, WORLD_SIZE=world_size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, *map(str, arguments)], stdout=subprocess.PIPE, text=True,
+            env=python_environment(RANK=rank, LOCAL_RANK=rank, **group),
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+    return [rank.communicate(timeout=120)[0].strip() for rank in ranks]
 
 
 PYTHON = sys.executable

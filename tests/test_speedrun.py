@@ -28,13 +28,15 @@ def text_folder(tmp_path_factory):
     return folder
 
 
-def script(base_dir, text_folder, launcher=(sys.executable,), **changes):
-    """Run the spine to its end; the finished process, output and errors together."""
+def script(base_dir, text_folder, launcher=(sys.executable,), program=SPINE, PYTHONPATH=None, **changes):
+    """Run the spine, or another program, to its end; the finished process, output and errors together."""
     parameters = TINY | {"data_source": text_folder, "base_dir": base_dir} | changes
     arguments = [f"--{name}={value}" for name, value in parameters.items()]
     environment = python_environment(OMP_NUM_THREADS=1, NANOCHAT_DTYPE="float32")
+    if PYTHONPATH is not None:
+        environment["PYTHONPATH"] = PYTHONPATH
     return subprocess.run(
-        [*launcher, str(SPINE), *arguments], env=environment, text=True, timeout=300,
+        [*launcher, str(program), *arguments], env=environment, text=True, timeout=300,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
@@ -97,6 +99,15 @@ def test_again_skips_and_depth_redoes_what_depends_on_it(executed, text_folder):
     text, _ = texts_and_images(executed / "deeper.ipynb")
     assert len(re.findall(r"nothing to do\b", text)) == 1 and "tokenizer: trained earlier, nothing to do" in text
     assert sorted(path.name for path in (executed / "base" / "base_checkpoints").iterdir()) == ["d2", "d3"]
+
+
+def test_the_flat_script_runs_alone(tmp_path, text_folder):
+    """Prevents a flat script that compiles and then misses a definition, an import or its parameters."""
+    flat = tmp_path / "train_gpt.py"
+    convert = [sys.executable, str(REPOSITORY / "tools" / "nb_convert.py"), "script", "nanochat_speedrun", "-o", flat]
+    subprocess.run(convert, check=True, stdout=subprocess.PIPE)
+    process = script(tmp_path / "base", text_folder, program=flat, num_iterations=2, PYTHONPATH="")
+    assert process.returncode == 0 and "same bytes bpb" in process.stdout, process.stdout
 
 
 def losses(process) -> list[float]:

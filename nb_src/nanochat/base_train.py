@@ -16,6 +16,7 @@ import shutil
 import signal
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -243,17 +244,15 @@ def pretrain(
             print0(f"torch.compile is not available here ({reason}); training eagerly: slower, otherwise the same")
 
     def loader_of(split, **more):
-        make = (
-            tokenizing_distributed_data_loader_bos_bestfit
-            if split == "val"
-            else (tokenizing_distributed_data_loader_with_state_bos_bestfit)
-        )
+        with_state = tokenizing_distributed_data_loader_with_state_bos_bestfit
+        make = with_state if split == "train" else tokenizing_distributed_data_loader_bos_bestfit
         return make(
             tokenizer, settings.device_batch_size, settings.max_seq_len, split, device=device, corpus=corpus, **more
         )
 
     token_bytes = get_token_bytes(device, tokenizer)
     eval_steps = max(1, settings.eval_tokens // (settings.device_batch_size * settings.max_seq_len * world_size))
+    flops_per_step = plan.flops_per_token * plan.total_batch_size
     peak_flops = get_peak_flops(device_name_of(device)) * world_size
     loader = loader_of("train", resume_state_dict=loader_state)
     batch = next(loader)
@@ -280,7 +279,7 @@ def pretrain(
         if rank == 0:
             delete_old_checkpoints(folder, keep=2)
 
-    with StopRequest() as stop:
+    with StopRequest() as stop, collector_on_call():
         for step in range(first_step, plan.iterations + 1):
             last_step = step == plan.iterations
             val_bpb, samples = None, None
@@ -296,7 +295,7 @@ def pretrain(
             if last_step:
                 record = TrainRecord(
                     step, None, smoothed(ema_loss, step), 0.0, 0.0, 0.0, None, epoch, total_seconds, 0.0,
-                    plan.flops_per_token * plan.tokens, val_bpb, samples,
+                    flops_per_step * plan.iterations, val_bpb, samples,
                 )  # fmt: skip
                 if rank == 0:
                     log.append(record)
@@ -315,12 +314,7 @@ def pretrain(
                 epoch = state["epoch"]
                 batch = next(loader)  # prepared while the device is busy
             loader_state = state  # of the last batch that was trained on, not of the one fetched ahead
-            multiplier = lr_multiplier(plan, step)
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * multiplier
-                if group["kind"] == "muon":
-                    group["momentum"] = muon_momentum(step)
-                    group["weight_decay"] = muon_weight_decay(plan, step)
+            set_schedules(plan, optimizer, step)
             optimizer.step()
             model.zero_grad(set_to_none=True)
             totals[1] = float(stop.requested)
@@ -346,16 +340,14 @@ def pretrain(
                 step=step,
                 loss=train_loss,
                 smooth_loss=smoothed(ema_loss, step + 1),
-                lr_multiplier=multiplier,
+                lr_multiplier=lr_multiplier(plan, step),
                 seconds=seconds,
                 tokens_per_second=plan.total_batch_size / seconds,
-                mfu=plan.flops_per_token * plan.total_batch_size / seconds / peak_flops
-                if peak_flops < math.inf
-                else None,
+                mfu=flops_per_step / seconds / peak_flops if peak_flops < math.inf else None,
                 epoch=epoch,
                 total_seconds=total_seconds,
                 eta_seconds=(plan.iterations - step) * process_seconds / timed_steps if timed_steps > 0 else None,
-                total_flops=plan.flops_per_token * plan.total_batch_size * (step + 1),
+                total_flops=flops_per_step * (step + 1),
                 val_bpb=val_bpb,
                 samples=samples,
             )
@@ -368,8 +360,8 @@ def pretrain(
                 last_save = time.monotonic()
                 if stops:
                     break
-            collect_garbage(step - first_step)
-    gc.enable()
+            if step == first_step or step % 5000 == 0:
+                collect_garbage()
     if stop.requested or stops:
         raise KeyboardInterrupt("stopped and saved; run again to go on from there")
 
@@ -392,14 +384,30 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def collect_garbage(steps_done: int) -> None:
-    """Collect once and freeze after the first step, then only every 5000 steps."""
-    if steps_done == 0:
-        gc.collect()
-        gc.freeze()
-        gc.disable()
-    elif steps_done % 5000 == 0:
-        gc.collect()
+def collect_garbage() -> None:
+    """Collect now and not again by itself; what has survived is never looked at again."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+
+
+@contextmanager
+def collector_on_call():
+    """Give Python its garbage collector back at the end."""
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        gc.enable()
+
+
+def set_schedules(plan: PretrainPlan, optimizer, step: int) -> None:
+    """Learning rates of all groups, momentum and weight decay of Muon's, for this step."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * lr_multiplier(plan, step)
+        if group["kind"] == "muon":
+            group["momentum"] = muon_momentum(step)
+            group["weight_decay"] = muon_weight_decay(plan, step)
 
 
 def build_for_training(plan: PretrainPlan, device: torch.device, compute_dtype: torch.dtype) -> GPT:

@@ -20,13 +20,7 @@ BLOCK = CPU_QUERY_BLOCK
 TOLERANCE = dict(atol=2e-5, rtol=1e-4)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These tensors are tiny: several threads would mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def reference_attention(q, k, v, left, first_position=0):

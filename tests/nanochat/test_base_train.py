@@ -200,9 +200,10 @@ def test_how_often_to_look_is_not_part_of_the_model(world, base_dir):
 
 def test_gradient_accumulation_is_the_same_batch(world, base_dir, tmp_path_factory, monkeypatch):
     """Prevents an accumulation that weighs or orders the micro-batches differently from one large batch."""
-    one = records_of(world, base_dir, device_batch_size=8, save_every=-1)
+    calm = dict(save_every=-1, matrix_lr=0.02, embedding_lr=0.3, unembedding_lr=0.004, scalar_lr=0.5)
+    one = records_of(world, base_dir, device_batch_size=8, **calm)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path_factory.mktemp("accumulated")))
-    four = records_of(world, base_dir, device_batch_size=2, save_every=-1)
+    four = records_of(world, base_dir, device_batch_size=2, **calm)
     for a, b in zip(one[:-1], four[:-1], strict=True):
         assert a.loss == pytest.approx(b.loss, rel=1e-5)
 

@@ -4,9 +4,6 @@ import math
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 from dataclasses import asdict
 
 import pytest
@@ -15,6 +12,7 @@ import safetensors.torch
 import tiktoken
 import torch
 
+from helpers import run_ranks
 from nanochat.checkpoint_manager import (
     NoCheckpointError,
     build_model,
@@ -412,23 +410,7 @@ dist.barrier()
 
 def test_several_ranks_save_one_checkpoint_or_none(tmp_path):
     """A rank that fails alone leaves the others waiting, or a checkpoint that lacks its share."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK_PROGRAM, str(tmp_path / "d2")],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1",
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            },
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    outputs = [rank.communicate(timeout=120)[0].strip().split("\n") for rank in ranks]
+    outputs = [printed.split("\n") for printed in run_ranks(RANK_PROGRAM, tmp_path / "d2")]
     incomplete = "checkpoint d2/20 is incomplete (no meta file); going back to 10, the newest complete one."
     refused = "checkpoint d2/20 was not saved: rank 1 could not write, and says why."
     assert outputs == [["{'rank': 0}", refused, incomplete, "10"], ["{'rank': 1}", "disk gone", "10"]]

@@ -58,13 +58,7 @@ class ScriptedModel:
         return logits
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The models are tiny; several threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(model, prompt=PROMPT, **kwargs):

@@ -15,13 +15,7 @@ COEFFICIENTS = [  # spec 8.3
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These tensors are tiny: several threads would mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def reference_muon(P, G, M, V, momentum, lr, wd, beta2, ns_steps=5):

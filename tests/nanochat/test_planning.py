@@ -113,9 +113,17 @@ def test_a_batch_that_does_not_divide_names_its_neighbours():
 
 def test_a_batch_that_does_not_divide_over_the_processes_is_refused(monkeypatch):
     """Three GPUs that silently train a smaller batch."""
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=2).items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match="2 processes .*Nearest that work: 491520, 540672"):
+        plan_of(device_batch_size=12)
+
+
+def test_a_number_of_processes_that_cannot_share_the_tables_is_refused(monkeypatch):
+    """Three GPUs that fail at the first optimizer step, after the data has been downloaded."""
     for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=3).items():
         monkeypatch.setenv(name, str(value))
-    with pytest.raises(UserError, match="3 processes .*Nearest that work: 491520, 589824"):
+    with pytest.raises(UserError, match="32768 rows do not divide over 3 processes"):
         plan_of()
 
 

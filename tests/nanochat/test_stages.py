@@ -1,15 +1,12 @@
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from helpers import run_ranks
 from nanochat.stages import fingerprint_of, finish_stage, finished_stage, plain_json, what_changed
 
 
@@ -122,20 +119,4 @@ print(finished_stage("s", {"a": 1}), finished_stage("s", {"a": 2}))
 def test_all_ranks_take_the_decision_of_rank_0(base_dir, tmp_path):
     """One rank that skips a stage while another runs it is a deadlock at the next collective."""
     finish_stage("s", {"a": 1}, {"bpb": 1.25})
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", STAGE_RANK_PROGRAM, str(tmp_path / "other")],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1",
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            },
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    assert [rank.communicate(timeout=60)[0].strip() for rank in ranks] == ["{'bpb': 1.25} None"] * 2
+    assert run_ranks(STAGE_RANK_PROGRAM, tmp_path / "other") == ["{'bpb': 1.25} None"] * 2
