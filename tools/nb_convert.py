@@ -292,9 +292,11 @@ def notebook_faults(project: Project, name: str) -> list[str]:
     tops = "|".join(module.split(".")[0] for module in project.chapters)
     ids = Counter(cell.get("id") for cell in notebook["cells"])
     faults = [f"{place}cell id {i} stands twice: run `build --force {name}`" for i, times in ids.items() if times > 1]
+    ran = [cell.get("id") for cell in notebook["cells"] if cell.get("outputs") or cell.get("execution_count")]
+    if ran:
+        others = f" and {len(ran) - 1} more" if len(ran) > 1 else ""
+        faults.append(f"{place}cell {ran[0]}{others} with outputs: run `build {name}`, which drops them")
     for cell in notebook["cells"]:
-        if cell.get("outputs") or cell.get("execution_count"):
-            faults.append(f"{place}cell {cell.get('id')} has outputs: run `build {name}`, which drops them")
         left = re.search(rf"^\s*(?:from|import) (?:{tops})\..*", "".join(cell["source"]), re.M)
         if left and cell["cell_type"] == "code":
             faults.append(f"{place}cell {cell.get('id')} has a local import left over: `{left[0].strip()}`")

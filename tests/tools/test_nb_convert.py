@@ -399,8 +399,8 @@ def test_check_finds_missing_stale_and_stray_notebooks(tree):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda c: c[-1].update(outputs=[{"output_type": "stream"}]), "cell story-say has outputs"),
-        (lambda c: c[-1].update(execution_count=3), "cell story-say has outputs"),
+        (lambda c: c[-1].update(outputs=[{"output_type": "stream"}]), "cell story-say with outputs"),
+        (lambda c: c[-1].update(execution_count=3), "cell story-say with outputs"),
         (lambda c: c[-1].update(id=c[-2]["id"]), "cell id story-total stands twice"),
         (
             lambda c: c[9].update(source="from alpha.base import a"),
