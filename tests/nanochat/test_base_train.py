@@ -48,7 +48,8 @@ base = Path(os.environ["NANOCHAT_BASE_DIR"])
 corpus = small_corpus(base / "data")
 tokenizer = RustBPETokenizer.from_directory(base / "tokenizer")
 compiled = os.environ.get("COMPILED") == "1"
-for record in pretrain(small_plan(), corpus, tokenizer, torch.device("cpu"), torch.float32, compiled):
+dtype = torch.bfloat16 if compiled else torch.float32
+for record in pretrain(small_plan(), corpus, tokenizer, torch.device("cpu"), dtype, compiled):
     if not record.replayed:
         print("loss", record.step, float(record.loss).hex() if record.loss else "-", record.val_bpb, flush=True)
     if point == "step" and record.step == number and not record.replayed:
@@ -124,6 +125,20 @@ def test_killed_training_resumes_bitwise(point, base_dir, uninterrupted):
     number = int(point.split(":")[1])
     if number > 4:
         assert min(after) > 0, "it started over instead of resuming"
+
+
+def test_compiled_bf16_training_resumes_bitwise_too(base_dir, world, tmp_path_factory):
+    """Prevents a compiled kernel whose result depends on the threads or on the process from breaking exactness."""
+    whole = tmp_path_factory.mktemp("whole")
+    world[2].save(whole / "tokenizer")
+    options = dict(COMPILED=1, TORCHINDUCTOR_CACHE_DIR=tmp_path_factory.mktemp("kernels"))
+    output, errors = start(whole, **options).communicate(timeout=300)
+    losses = losses_of(output)
+    assert list(losses) == list(range(13)), errors
+    before = losses_of(start(base_dir, "step:6", **options).communicate(timeout=300)[0])
+    after = losses_of(start(base_dir, **options).communicate(timeout=300)[0])
+    assert min(after) == 4 and {**before, **after} == losses
+    assert all(torch.equal(tensor, weights_of(whole)[name]) for name, tensor in weights_of(base_dir).items())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
