@@ -7,7 +7,7 @@
 #
 # The implementation here is PyTorch's own. Two facts shape it. A boolean T×T mask throws most of the work away after
 # doing it, so a window is computed as a band of blocks instead. And on a CPU two batched products with a softmax
-# between them, compiled together, beat the built-in kernel several times over at training lengths.
+# between them, compiled together, take three fifths of the built-in kernel's time at 512 tokens in bf16.
 
 # %%
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def band_mask(q_positions: torch.Tensor, k_positions: torch.Tensor, left: int) -
 # softmax is fp32.
 
 # %%
-CPU_QUERY_BLOCK = 256  # 128 skips more of the triangle and is no faster: twice the calls, half the size
+CPU_QUERY_BLOCK = 256  # 128 skips more of the triangle: 3 % less time a step, 5 s more compilation
 
 
 def blocked_attention(q, k, v, left: int):  # (B, H, T, D) each

@@ -226,7 +226,7 @@ def collect_offline_documents(max_characters: int = OFFLINE_CHARACTERS) -> list[
     """
     documents, characters, paragraph_filter = [], 0, ParagraphFilter()
     collecting = gc.isenabled()
-    gc.disable()  # a syntax tree is a million objects without cycles: looking for some doubles the time
+    gc.disable()  # a syntax tree is a million objects without cycles: looking for some is time lost
     try:
         with tqdm(total=max_characters, desc="reading documentation", unit="char", unit_scale=True, mininterval=1,
                   file=sys.stdout) as bar:  # fmt: skip

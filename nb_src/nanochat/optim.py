@@ -129,7 +129,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if is_ddp_initialized() else (0, 1)
 
     def compile(self) -> None:
-        """Compile the update kernels; on a CPU only AdamW's, since Muon there is matrix products."""
+        """Compile the update kernels; on a CPU only AdamW's, which are element-wise throughout."""
         self.adamw_kernel = torch.compile(adamw_step_fused, dynamic=False, fullgraph=True)
         if self.param_groups[0]["params"][0].is_cuda:
             self.muon_kernel = torch.compile(muon_step_fused, dynamic=False, fullgraph=True)

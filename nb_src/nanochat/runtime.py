@@ -240,8 +240,8 @@ RANK0_PATIENCE = timedelta(hours=3)  # the others wait at a barrier while rank 0
 def keep_freed_memory() -> None:
     """Let the C library keep large buffers for the next step instead of giving them back to the system (glibc only).
 
-    A CPU training step frees and takes gigabytes; getting them back costs a page fault for every 4 KiB, up to a sixth
-    of the step.
+    A CPU training step frees and takes gigabytes; getting them back costs a page fault for every 4 KiB, a seventh of
+    the step.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

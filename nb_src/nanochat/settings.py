@@ -32,7 +32,7 @@ D12_RUN = dict(
 PRESETS = {
     "a100": D12_RUN,
     "h100": D12_RUN | dict(device_batch_size=32),
-    # No bf16 on a T4: fp32 products, full windows, and a model that is done within the free hours.
+    # No bf16 on a T4: fp32 products, full windows and a small model. Never run on one yet.
     "t4": D12_RUN | dict(
         depth=4, max_seq_len=1024, window_pattern="L", device_batch_size=16, total_batch_size=65536, vocab_size=16384,
         tokenizer_max_chars=500_000_000, eval_tokens=20 * 65536, eval_split_tokens=20 * 65536,

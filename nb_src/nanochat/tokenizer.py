@@ -350,7 +350,7 @@ class RustBPETokenizer:
 # %% [markdown]
 # ### `HuggingFaceTokenizer`
 # The same interface over Hugging Face's library, for models that come with a `tokenizer.json`. Its trainer arrives at
-# almost the same vocabulary, many times slower.
+# almost the same vocabulary.
 
 
 # %%
