@@ -328,7 +328,7 @@ class GPT(nn.Module):
             self.compiled[function] = torch.compile(function, dynamic=False)
 
     def compiled_for(self, idx) -> dict:
-        """The compiled functions, if they are for this batch. On a CPU evaluation, which would compile again, is eager."""
+        """The compiled functions, if they are for this batch. On a CPU evaluation is eager: it would compile again."""
         pays = torch.is_grad_enabled() or idx.is_cuda
         return self.compiled if pays and idx.shape == self.compiled_shape else {}
 
