@@ -145,13 +145,15 @@ class KVCache:
         self.v_cache = torch.zeros(shape, device=device, dtype=dtype)
         self.cache_seqlens = torch.zeros(batch_size, device=device, dtype=torch.int32)
 
-    def reset(self) -> None:
-        """Forget everything."""
-        self.cache_seqlens.zero_()
+    def longest(self) -> int:
+        """How many tokens the fullest row holds."""
+        return int(self.cache_seqlens.max())
 
     def get_pos(self) -> int:
-        """How many tokens are in it; the same for all rows."""
-        return int(self.cache_seqlens[0])
+        """How many tokens each row holds. Raises ValueError when they differ."""
+        if int(self.cache_seqlens.min()) != self.longest():
+            raise ValueError("the rows of this cache hold different numbers of tokens")
+        return self.longest()
 
     def get_layer_cache(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of one layer's keys and values, (B, seq_len, H_kv, D) each, for attention to read and write."""
@@ -161,20 +163,43 @@ class KVCache:
         """Count n more tokens. The model calls it once for each forward, when its last layer has written."""
         self.cache_seqlens += n
 
+    def set_lengths(self, lengths) -> None:
+        """Say how much of each row counts, (B,): after a forward over padded rows, or to forget what follows."""
+        self.cache_seqlens.copy_(torch.as_tensor(lengths, dtype=torch.int32))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.set_lengths(torch.zeros_like(self.cache_seqlens))
+
+    def write_rows(self, rows, other: "KVCache", other_rows) -> None:
+        """Replace `rows` of this cache by `other_rows` of another one, both (n,)."""
+        device = self.k_cache.device
+        rows, other_rows = (torch.as_tensor(index, dtype=torch.long, device=device) for index in (rows, other_rows))
+        n = int(other.cache_seqlens[other_rows].max()) if len(other_rows) else 0
+        if n > self.k_cache.size(2):
+            raise ValueError(f"{n} tokens do not fit into a cache of {self.k_cache.size(2)}")
+        self.k_cache[:, rows, :n] = other.k_cache[:, other_rows, :n]
+        self.v_cache[:, rows, :n] = other.v_cache[:, other_rows, :n]
+        self.cache_seqlens[rows] = other.cache_seqlens[other_rows]
+
     def prefill(self, other: "KVCache") -> None:
         """Begin with what another cache holds; one row of it is shared out to all rows.
 
         Raises ValueError unless this cache is empty, of the same layers, heads and width, and large enough.
         """
         ours, theirs = self.k_cache.shape, other.k_cache.shape
-        if self.get_pos() != 0:
+        if self.longest() != 0:
             raise ValueError("only an empty cache can be prefilled")
         if (ours[0], ours[3:]) != (theirs[0], theirs[3:]) or theirs[1] not in (1, ours[1]) or ours[2] < theirs[2]:
             raise ValueError(f"a cache of shape {tuple(theirs)} does not fit into one of {tuple(ours)}")
-        n = other.get_pos()
-        self.k_cache[:, :, :n] = other.k_cache[:, :, :n]
-        self.v_cache[:, :, :n] = other.v_cache[:, :, :n]
-        self.cache_seqlens.fill_(n)
+        self.write_rows(range(ours[1]), other, range(ours[1]) if theirs[1] > 1 else [0] * ours[1])
+
+    def copy_rows(self, rows, seq_len: int) -> "KVCache":
+        """A new cache for `seq_len` tokens whose row i begins with what row rows[i] of this one holds."""
+        num_layers, _, _, num_heads, head_dim = self.k_cache.shape
+        copy = KVCache(len(rows), num_heads, seq_len, head_dim, num_layers, self.k_cache.device, self.k_cache.dtype)
+        copy.write_rows(range(len(rows)), self, rows)
+        return copy
 
 
 # %% [markdown]
@@ -215,11 +240,23 @@ class RowState:
     forced_tokens: deque[int] = field(default_factory=deque)  # to be said next, whatever the model would say
 
 
+@dataclass
+class PromptRow(RowState):
+    """One prompt of many, its continuation so far and its source of randomness."""
+
+    index: int = 0
+    tokens: list[int] = field(default_factory=list)
+    rng: torch.Generator | None = None
+
+
 # %% [markdown]
 # ### `Engine`
-# Two ways to call it: `generate` yields a token of every row as soon as it exists, which is what a chat wants, and
-# `generate_batch` returns finished texts. No more is computed than was asked for: there is no forward pass after the
-# last token.
+# Three ways to call it. `generate` yields a token of every row as soon as it exists, which is what a chat wants;
+# `generate_batch` returns finished texts. `generate_many` takes a whole exam: hundreds of prompts, each of its own
+# length, share a batch, and a row that is done makes room for the next. Nothing is computed after the last token.
+
+# %%
+REFILL_SHARE = 4  # new prompts are read when a quarter of the rows is free: reading them one by one is dear
 
 
 # %%
@@ -293,6 +330,93 @@ class Engine:
                 return
             ids = torch.tensor(column, dtype=torch.long, device=device)[:, None]
             logits = self.model(ids, kv_cache=cache)[:, -1]
+
+    @torch.no_grad()
+    def generate_many(
+        self,
+        prompts: list[list[int]],
+        max_tokens: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        seed: int = 42,
+        batch_size: int = 32,
+    ):
+        """Continue many prompts of different lengths, up to `batch_size` at a time.
+
+        Yields (index, tokens) for each prompt as soon as its text is finished, in no particular order: the
+        continuation with forced tokens and without the terminal one. A finished row makes room for a prompt that
+        waits. No answer depends on the other prompts: greedily it is the one of `generate`, and when sampling each
+        prompt draws from its own generator, seeded with seed + index.
+        """
+        if not all(prompts) or max_tokens < 1 or batch_size < 1:
+            raise ValueError("needed: prompts of at least one token each, max_tokens >= 1, batch_size >= 1")
+        if not prompts:
+            return
+        device = self.model.get_device()
+        special = {name: self.tokenizer.encode_special(name) for name in ENGINE_TOKENS}
+        terminal = (special["<|assistant_end|>"], self.tokenizer.get_bos_token_id())
+        # Similar lengths are read together, with little padding; the longest first: they need the most memory.
+        waiting = deque(sorted(range(len(prompts)), key=lambda index: -len(prompts[index])))
+        slots = [None] * min(batch_size, len(prompts))
+        cache = self.new_cache(len(slots), len(prompts[waiting[0]]) + max_tokens)
+        logits = torch.zeros(len(slots), self.model.config.vocab_size, device=device)
+
+        while True:
+            free = [i for i, row in enumerate(slots) if row is None]
+            if waiting and (len(free) == len(slots) or len(free) >= min(len(waiting), len(slots) / REFILL_SHARE)):
+                free = free[: len(waiting)]
+                for i in free:
+                    slots[i] = PromptRow(index=waiting.popleft(), rng=torch.Generator(device=device))
+                    slots[i].rng.manual_seed(seed + slots[i].index)
+                new_cache, logits[free] = self.read_prompts([prompts[slots[i].index] for i in free])
+                cache.write_rows(free, new_cache, range(len(free)))
+
+            column = self.sample_rows(logits, slots, temperature, top_k)
+            for i, row in enumerate(slots):
+                if row is None:
+                    continue
+                if row.forced_tokens:
+                    column[i] = row.forced_tokens.popleft()
+                self.advance_row(row, column[i], special, terminal)
+                if not row.completed:
+                    row.tokens.append(column[i])
+                if row.completed or len(row.tokens) == max_tokens:
+                    yield row.index, row.tokens
+                    slots[i] = None
+
+            active = [i for i, row in enumerate(slots) if row is not None]
+            if not active and not waiting:
+                return
+            if not waiting and len(active) <= len(slots) / 2:  # the last ones need not drag empty rows along
+                cache = cache.copy_rows(active, cache.k_cache.size(2))
+                slots, column = [slots[i] for i in active], [column[i] for i in active]
+            if active:
+                held = [0 if row is None else len(prompts[row.index]) + len(row.tokens) - 1 for row in slots]
+                cache.set_lengths(held)  # an empty row writes at its beginning and is never read
+                ids = torch.tensor(column, dtype=torch.long, device=device)[:, None]
+                logits = self.model(ids, kv_cache=cache)[:, -1]
+
+    def read_prompts(self, prompts: list[list[int]]) -> tuple[KVCache, torch.Tensor]:
+        """A cache that holds each prompt in its row, and the logits (B, V) of what comes after them."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
+        cache = self.new_cache(*ids.shape)
+        device = self.model.get_device()
+        hidden = self.model.trunk(ids.to(device), cache)
+        cache.set_lengths(lengths)  # what was written for the padding behind them is forgotten
+        return cache, self.model.head(hidden[torch.arange(len(prompts), device=device), lengths.to(device) - 1])
+
+    @staticmethod
+    def sample_rows(logits, slots, temperature: float, top_k: int | None) -> list[int]:
+        """The next token of each row, drawn with the row's own generator; anything for an empty slot."""
+        if temperature == 0:
+            return logits.argmax(-1).tolist()
+        return [
+            0 if row is None else int(sample_next_token(logits[i : i + 1], row.rng, temperature, top_k))
+            for i, row in enumerate(slots)
+        ]
 
     def advance_row(self, row: RowState, token: int, special: dict[str, int], terminal: tuple[int, ...]) -> None:
         """Follow one new token of a row: the end of the text, or the calculator's opening and closing tokens."""

@@ -333,12 +333,15 @@ class GPT(nn.Module):
         return self.compiled if pays and idx.shape == self.compiled_shape else {}
 
     def trunk(self, idx, kv_cache=None):  # (B, T) int64 -> (B, T, C)
-        """Everything before the output head."""
+        """Everything before the output head. With a cache, row b's tokens follow the cache_seqlens[b] that it holds."""
         T = idx.size(1)
-        start = 0 if kv_cache is None else kv_cache.get_pos()
-        if start + T > self.cos.size(1):
-            raise ValueError(f"{start + T} tokens are more than the {self.cos.size(1)} positions of the rotary tables")
-        cos, sin = self.cos[:, start : start + T], self.sin[:, start : start + T]
+        end = T if kv_cache is None else T + kv_cache.longest()
+        if end > self.cos.size(1):
+            raise ValueError(f"{end} tokens are more than the {self.cos.size(1)} positions of the rotary tables")
+        cos, sin = self.cos[:, :T], self.sin[:, :T]
+        if kv_cache is not None:  # each row goes on where its own tokens end
+            positions = kv_cache.cache_seqlens[:, None] + torch.arange(T, device=idx.device)  # (B, T)
+            cos, sin = self.cos[0, positions], self.sin[0, positions]  # (B, T, 1, D/2)
         run_block = self.compiled_for(idx).get(Block.forward, Block.forward) if kv_cache is None else Block.forward
         x0 = norm(self.transformer["wte"](idx).to(self.compute_dtype))
         x = x0.clone()  # one tensor under two names would be compiled as a case of its own
@@ -353,6 +356,11 @@ class GPT(nn.Module):
             kv_cache.advance(T)
         return norm(x)
 
+    def head(self, hidden):  # (..., C) -> (..., V)
+        """The soft-capped fp32 logits of hidden states, for those who need them at a few positions only."""
+        weight = self.lm_head.weight[: self.config.vocab_size]
+        return capped_logits(hidden @ weight.to(hidden.dtype).T, self.config.logit_softcap)
+
     def forward(self, idx, targets=None, kv_cache=None, loss_reduction: str = "mean"):
         """Logits (B, T, V) fp32, or with targets the cross-entropy in nats.
 
@@ -360,12 +368,11 @@ class GPT(nn.Module):
         targets that count, "none" one loss per position, (B·T,), with 0 where the target is ignored.
         """
         x = self.trunk(idx, kv_cache)
-        V, softcap = self.config.vocab_size, self.config.logit_softcap
-        weight = self.lm_head.weight[:V]
         if targets is None:
-            return capped_logits(x @ weight.to(x.dtype).T, softcap)
+            return self.head(x)
         if loss_reduction not in ("mean", "none"):
             raise ValueError(f"loss_reduction is {loss_reduction!r}; it can be mean or none")
+        weight, softcap = self.lm_head.weight[: self.config.vocab_size], self.config.logit_softcap
         compiled = self.compiled_for(idx)
         x, targets = x.view(-1, x.size(-1)), targets.reshape(-1)
         if loss_reduction == "mean" and torch.is_grad_enabled():

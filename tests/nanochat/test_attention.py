@@ -153,6 +153,31 @@ def test_a_cached_call_agrees_with_the_reference_at_any_position(shape, position
     assert torch.equal(again, y)
 
 
+@settings(max_examples=60, deadline=None)
+@given(shape=shapes(12), positions=st.lists(st.integers(0, 20), min_size=3, max_size=3), seed=st.integers(0, 2**32 - 1))
+def test_rows_of_a_cache_may_be_filled_differently(shape, positions, seed):
+    """One row that sees as far as another: a text then goes on from what was left in the cache by a stranger."""
+    B, T_new, H, H_kv, D, left = shape
+    positions = positions[:B]
+    q, keys, values = random_qkv(seed, B, T_new, max(positions) + T_new, H, H_kv, D)
+    k_cache, v_cache = torch.full((2, B, keys.size(1) + 2, H_kv, D), 1e6)
+    expected_k, expected_v, new_k, new_v = k_cache.clone(), v_cache.clone(), *torch.zeros(2, B, T_new, H_kv, D)
+    for row, position in enumerate(positions):
+        end = position + T_new
+        for cache, expected, new, source in ((k_cache, expected_k, new_k, keys), (v_cache, expected_v, new_v, values)):
+            cache[row, :position], new[row] = source[row, :position], source[row, position:end]
+            expected[row, :end] = source[row, :end]
+    seqlens = torch.tensor(positions, dtype=torch.int32)
+    y = flash_attn.flash_attn_with_kvcache(
+        q, k_cache, v_cache, new_k, new_v, seqlens, causal=True, window_size=(left, 0)
+    )
+    for row, position in enumerate(positions):
+        one = slice(row, row + 1)
+        expected = reference_attention(q[one], keys[one], values[one], left, position)
+        torch.testing.assert_close(y[one].double(), expected, **TOLERANCE)
+    assert torch.equal(k_cache, expected_k) and torch.equal(v_cache, expected_v)
+
+
 @pytest.mark.parametrize("T_new", [1, 2])
 def test_a_full_cache_is_an_error(T_new):
     """A token that is silently dropped at the end of the cache, after which the model reads stale text."""

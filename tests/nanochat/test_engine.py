@@ -193,6 +193,26 @@ def test_cache_prefill_shares_one_row_out():
     assert large.get_pos() == 0
 
 
+def test_cache_rows_are_copied_with_their_own_lengths():
+    """A row that takes the length of another reads keys that belong to nobody, or forgets its own."""
+    source = KVCache(3, 2, 6, 4, 5, "cpu", torch.float32)
+    source.k_cache.normal_()
+    source.v_cache.normal_()
+    source.set_lengths([2, 5, 3])
+    with pytest.raises(ValueError, match="different numbers"):
+        source.get_pos()
+    copy = source.copy_rows([2, 0, 0, 2], seq_len=4)
+    assert copy.cache_seqlens.tolist() == [3, 2, 2, 3] and copy.longest() == 3
+    for row, (origin, length) in enumerate([(2, 3), (0, 2), (0, 2), (2, 3)]):
+        assert torch.equal(copy.k_cache[:, row, :length], source.k_cache[:, origin, :length])
+        assert torch.equal(copy.v_cache[:, row, :length], source.v_cache[:, origin, :length])
+    copy.write_rows([1], source, [2])
+    assert copy.cache_seqlens.tolist() == [3, 3, 2, 3]
+    assert torch.equal(copy.v_cache[:, 1, :3], source.v_cache[:, 2, :3])
+    with pytest.raises(ValueError, match="do not fit"):
+        copy.write_rows([0], source, [1])
+
+
 @pytest.mark.parametrize("shape", [(1, 2, 9, 4, 5), (2, 2, 3, 4, 5), (1, 1, 3, 4, 5), (1, 2, 3, 8, 5), (1, 2, 3, 4, 6)])
 def test_cache_prefill_refuses_what_does_not_fit(shape):
     """Broadcasting would take some wrong shapes without a word."""
@@ -377,6 +397,57 @@ def test_greedy_equals_generate(changes, prompt_length, max_tokens):
     columns = [column for column, _ in engine.generate(prompt, 2, max_tokens=max_tokens, temperature=0)]
     assert columns == [[token, token] for token in expected]
     assert len(set(expected)) > 3  # a model that repeats one token would prove little
+
+
+def random_prompts(n):
+    generator = torch.Generator().manual_seed(7)
+    lengths = torch.randint(1, 30, (n,), generator=generator).tolist()
+    return [torch.randint(0, 128, (length,), generator=generator).tolist() for length in lengths]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 100])
+@pytest.mark.parametrize("changes", [{}, {"n_kv_head": 4, "window_pattern": "L"}])
+def test_many_prompts_get_the_answers_that_each_gets_alone(changes, batch_size):
+    """A batch in which rows of different lengths disturb one another changes every score and looks healthy.
+
+    Several texts end early and their rows are taken over; windows are 8 and 16 tokens.
+    """
+    model, prompts = small_gpt(**changes), random_prompts(17)
+    model.lm_head.weight.data[END] *= 3
+    engine = Engine(model, AsciiTokenizer())
+    expected = {
+        i: engine.generate_batch(prompt, max_tokens=40, temperature=0)[0][0][len(prompt) :]
+        for i, prompt in enumerate(prompts)
+    }
+    finished = list(engine.generate_many(prompts, 40, batch_size=batch_size))
+    assert dict(finished) == expected and len(finished) == len(prompts)
+    assert len({len(tokens) for tokens in expected.values()}) > 4, "rows must end at different times"
+
+
+def test_sampling_many_does_not_depend_on_the_batch():
+    """An evaluation whose samples change with the batch size cannot be repeated on another machine."""
+    engine, prompts = Engine(small_gpt(), AsciiTokenizer()), random_prompts(6)
+    one, many = (dict(engine.generate_many(prompts, 12, 1.0, top_k=20, batch_size=size)) for size in (1, 4))
+    assert one == many != dict(engine.generate_many(prompts, 12, 1.0, top_k=20, seed=43))
+
+
+def test_many_prompts_use_the_calculator():
+    """An answer that is forced into the row of a neighbour, or that ends the text it belongs to."""
+    model, script = small_gpt(), [*b"1+2"]
+    engine, prompts = Engine(model, AsciiTokenizer()), random_prompts(5)
+    said = iter([PYTHON_START, *script, PYTHON_END, *b"???", END])
+    model.head = lambda hidden: torch.eye(134)[[next(said)] * len(hidden)].view(*hidden.shape[:-1], 134)
+    answers = dict(engine.generate_many(prompts, 20, batch_size=5))
+    expected = [PYTHON_START, *script, PYTHON_END, OUTPUT_START, *b"3", OUTPUT_END]
+    assert answers == {i: expected for i in range(5)}
+
+
+@pytest.mark.parametrize("arguments", [([[]], 5), ([[1]], 0), ([[1]], 5, 0.0, None, 42, 0)])
+def test_senseless_arguments_for_many(arguments):
+    """An empty prompt has no position to go on from; the error must not be one of tensor shapes."""
+    with pytest.raises(ValueError, match="needed"):
+        list(Engine(small_gpt(), AsciiTokenizer()).generate_many(*arguments))
+    assert list(Engine(small_gpt(), AsciiTokenizer()).generate_many([], 5)) == []
 
 
 def test_sampling_contracts():
