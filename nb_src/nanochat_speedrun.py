@@ -13,7 +13,9 @@
 # | ▶ Data | shards of text on disk | 2.5 GB to fetch | 20 s |
 # | ▶ Tokenizer | 32,768 pieces that text is made of | 1.5 min · 1 ¢ | 3 s |
 # | ▶ Pretrain | a base model that continues text | 77 min · 70 ¢ | 4 min |
-# | ▶ Base evaluation | bits per byte, samples | 3 min · 3 ¢ | 20 s |
+# | ▶ Base evaluation | bits per byte, samples, CORE | 35 min · 32 ¢ | 40 s |
+# | ▶ Fine-tune | a model that answers, and uses a calculator | 50 min · 45 ¢ | 3 min |
+# | ▶ Chat evaluation | six exams, marked | 85 min · 77 ¢ | 1 min |
 # | ▶ Report | one page with all of it | seconds | seconds |
 #
 # The A100 column is the original run that the `a100` preset repeats value for value, at $0.54 an hour. The CPU column
@@ -95,6 +97,49 @@ save_every = -1  # @param {type:"integer"}
 # Tokens of each split in the base evaluation.
 eval_split_tokens = -1  # @param {type:"integer"}
 
+# Where exam questions and conversations come from; "" is offline with offline text, the hub otherwise.
+task_source = ""  # @param ["", "hub", "offline"]
+# Questions of each CORE task; 0 is all of them.
+core_max_per_task = -1  # @param {type:"integer"}
+# Another model of the hub to put through CORE beside this one, such as openai-community/gpt2 (needs transformers).
+compare_model = ""  # @param {type:"string"}
+
+# How long to fine-tune, in steps; 0 is once through all conversations.
+sft_num_iterations = -1  # @param {type:"integer"}
+# Tokens in one step of fine-tuning; -1 without a preset is as in pretraining.
+sft_total_batch_size = -1  # @param {type:"integer"}
+# Learning rates of fine-tuning, as a part of those of pretraining.
+sft_init_lr_frac = -1.0  # @param {type:"number"}
+# The part at the end in which they fall to zero.
+sft_warmdown_ratio = -1.0  # @param {type:"number"}
+# Steps between validations of fine-tuning; 0 is only at the end.
+sft_eval_every = -1  # @param {type:"integer"}
+# Tokens in such a validation.
+sft_eval_tokens = -1  # @param {type:"integer"}
+# Conversations that spell a word.
+simple_spelling_size = -1  # @param {type:"integer"}
+# Conversations that count a letter.
+spelling_bee_size = -1  # @param {type:"integer"}
+
+# Exams for the chat model, joined by |, such as ARC-Easy|GSM8K; "" is all six.
+chat_tasks = ""  # @param {type:"string"}
+# Problems of each exam; 0 is all of them.
+max_problems = -1  # @param {type:"integer"}
+# Problems that the base model gets too, for comparison; 0 leaves it out.
+base_max_problems = -1  # @param {type:"integer"}
+# Problems in one batch.
+chat_batch_size = -1  # @param {type:"integer"}
+# The longest answer, in tokens.
+chat_max_new_tokens = -1  # @param {type:"integer"}
+# 0 always takes the likeliest token; above it, tokens are drawn.
+chat_temperature = -1.0  # @param {type:"number"}
+# Answers to each problem, of which one must be right.
+chat_num_samples = -1  # @param {type:"integer"}
+# Run model-written programs even where they cannot be kept from files and network.
+allow_weak_sandbox = False  # @param {type:"boolean"}
+# Stages to leave out, joined by commas: core, sft, chat_eval.
+skip = ""  # @param {type:"string"}
+
 # The checkpoint's name; "" is d and the depth.
 model_tag = ""  # @param {type:"string"}
 # The attention backend; auto takes the fastest that runs here.
@@ -116,7 +161,8 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
+from math import ceil
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # before torch is imported
 needed = {
@@ -145,7 +191,7 @@ from nanochat.runtime import (
     rank0_first,
     show_user_errors_plainly,
 )
-from nanochat.settings import PARAMETER_TYPES, command_line, resolve_parameters
+from nanochat.settings import PARAMETER_TYPES, command_line, resolve_parameters, skipped_stages
 
 # %% [markdown]
 # Now the parameters are checked, and this process (one of several, under `torchrun`) takes its place.
@@ -155,6 +201,7 @@ show_user_errors_plainly()
 params = resolve_parameters({name: globals()[name] for name in PARAMETER_TYPES}, command_line())
 if params["base_dir"]:
     os.environ["NANOCHAT_BASE_DIR"] = params["base_dir"]
+skipped = skipped_stages(params["skip"])
 run_lock = lock_base_dir()
 # Compiled kernels are kept, so the second start is quick.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(get_base_dir(), "compile_cache"))
@@ -171,7 +218,10 @@ from nanochat.plots import (
     D12_REFERENCE,
     LiveChart,
     compressor_bpb,
+    conversation_html,
     plot_bpb_bars,
+    plot_conversations,
+    plot_marks,
     plot_packing,
     plot_schedules,
     plot_windows,
@@ -259,7 +309,7 @@ print0(epoch_sentence(training_characters(corpus), plan.tokens))
 # %%
 from nanochat.tokenizer import describe_token_bytes, get_token_bytes, get_tokenizer, train_tokenizer
 from nanochat.tok_eval import evaluate_tokenizer, tokenizer_report_tables, tokenizer_summary_table
-from nanochat.report import get_report
+from nanochat.report import get_report, section_slug
 
 # %%
 report = get_report()
@@ -323,7 +373,7 @@ if rank == 0:
 # %%
 from nanochat.dataloader import pack_rows_preview, tokenizing_distributed_data_loader_bos_bestfit
 from nanochat.engine import Engine
-from nanochat.checkpoint_manager import load_model
+from nanochat.checkpoint_manager import checkpoint_folder, load_model
 from nanochat.loss_eval import evaluate_bpb, every_byte_batches, first_texts
 from nanochat.base_train import pretrain, sample_text, summarize_training
 from nanochat.tracking import open_tracker, wandb_eval_record, wandb_train_record
@@ -435,6 +485,269 @@ show_table(
 if rank == 0:
     show_table([(" ".join(text.split()),) for text in base_results["samples"]], header=("greedy, 16 tokens",))
     show_table([(" ".join(text.split()),) for text in base_results["unconditioned"]], header=("from nothing",))
+
+# %% [markdown]
+# ### CORE
+# Exams for a model that can only continue text, each with examples of how it is done: which of four endings is the
+# likeliest, which word comes next? 0 is guessing and 1 is perfect. Offline there are five small exams, made from the
+# validation text; on the hub's side it is the benchmark's 22.
+
+# %%
+from tasks.offline_problems import offline_word_problems
+from tasks.offline_tasks import prepare_offline_tasks
+from nanochat.offline_bundle import prepare_offline_bundle
+from nanochat.core_bundle import prepare_core_bundle
+from nanochat.core_eval import evaluate_core
+from nanochat.core_transformers import load_transformers_model
+from nanochat.core_report import core_table, plot_core, write_core_csv
+
+# %%
+offline_tasks = params["task_source"] == "offline"
+task_source = {"source": params["task_source"], "corpus": corpus.fingerprint() if offline_tasks else None}
+if "core" in skipped:
+    print0("CORE: left out, as asked")
+else:
+    with rank0_first():
+        bundle_dir = prepare_offline_bundle(corpus) if offline_tasks else prepare_core_bundle()
+    for hub_model in filter(None, ["this model", params["compare_model"]]):
+        ours = hub_model == "this model"
+        name = f"this model, d{settings.depth}" if ours else hub_model
+        stage = "CORE" if ours else f"CORE {hub_model.replace('/', '-')}"
+        core_inputs = {"tasks": task_source, "max_per_task": params["core_max_per_task"]}
+        core_inputs["model"] = [meta["fingerprint"], meta["step"]] if ours else hub_model
+        core = finished_stage(stage, core_inputs)
+        if core is not None:
+            print0(f"{stage}: done earlier, nothing to do")
+        else:
+            core_model = (model, tokenizer) if ours else load_transformers_model(hub_model, device)
+            core = evaluate_core(*core_model, device, bundle_dir, params["core_max_per_task"])
+            csv_file = write_core_csv(core, f"base_model_{meta['step']:06d}" if ours else hub_model)
+            if rank == 0:
+                metric = "CORE (offline tasks)" if offline_tasks else "CORE"
+                scores = {"model": name, metric: core["core_metric"]} | core["centered_results"]
+                report.log(stage, [scores, f"![CORE]({section_slug(stage)}.png)"])
+                report.add_metrics(stage, scores)
+            finish_stage(stage, core_inputs, core, [csv_file] if rank == 0 else [])
+            del core_model
+        show_table(*core_table(core), caption=name)
+        show_figure(plot_core(core, name), section_slug(stage))
+
+# %% [markdown]
+# # ▶ Fine-tune
+# So far the model continues text. Now it reads conversations and learns the assistant's part in them: to answer, to
+# stop, to write a sum between two special tokens and go on with what the calculator says.
+
+# %%
+from tasks.common import TaskMixture, TaskSequence
+from tasks.hub import hub_rows
+from tasks.smoltalk import SmolTalk
+from tasks.mmlu import MMLU
+from tasks.gsm8k import GSM8K
+from tasks.customjson import CustomJSON, identity_conversations
+from tasks.spellingbee import SimpleSpelling, SpellingBee
+from nanochat.sft_dataloader import preview_sft_rows, render_for_training
+from nanochat.chat_sft import SFTSettings, fine_tune, plan_fine_tuning
+
+# %% [markdown]
+# The lessons: conversation, multiple choice, word problems, who it is, and the letters of words, which a model that
+# reads tokens cannot see. What is learned twice is listed twice.
+
+# %%
+with rank0_first():
+    data_dir = prepare_offline_tasks(corpus) if offline_tasks else None
+fine_tuning = "sft" not in skipped
+if not fine_tuning:
+    print0("fine-tuning: left out, as asked")
+else:
+    with rank0_first():
+        gsm8k = GSM8K("main", "train", data_dir=data_dir)
+        identity = CustomJSON(identity_conversations(data_dir))
+        lessons = [
+            SmolTalk("train", data_dir=data_dir),
+            MMLU("all", "auxiliary_train", data_dir=data_dir),
+            gsm8k,
+            gsm8k,
+            identity,
+            identity,
+            SimpleSpelling(params["simple_spelling_size"], "train", data_dir=data_dir),
+            SpellingBee(params["spelling_bee_size"], "train", data_dir=data_dir),
+        ]
+        validation_lessons = [
+            SmolTalk("test", data_dir=data_dir),
+            MMLU("all", "test", data_dir=data_dir, stop=5200),
+            GSM8K("main", "test", data_dir=data_dir, stop=420),
+        ]
+    train_task, val_task = TaskMixture(lessons), TaskSequence(validation_lessons)
+    sft_data = task_source | {name: params[name] for name in ("simple_spelling_size", "spelling_bee_size")}
+    sft_settings = SFTSettings(
+        model_tag=model_tag_used,
+        num_iterations=params["sft_num_iterations"] or -1,  # 0 is one pass
+        max_seq_len=-1,  # as in pretraining, and so are the batch and the learning rates
+        device_batch_size=-1,
+        total_batch_size=params["sft_total_batch_size"],
+        embedding_lr=-1,
+        unembedding_lr=-1,
+        matrix_lr=-1,
+        scalar_lr=-1,
+        init_lr_frac=params["sft_init_lr_frac"],
+        warmup_ratio=0.0,
+        warmdown_ratio=params["sft_warmdown_ratio"],
+        final_lr_frac=0.0,
+        eval_every=params["sft_eval_every"],
+        eval_tokens=params["sft_eval_tokens"],
+        save_every=params["save_every"],
+        load_optimizer=True,
+    )
+    sft_plan = plan_fine_tuning(sft_settings, train_task, val_task, tokenizer, sft_data)
+    show_table([(type(lesson).__name__, len(lesson)) for lesson in lessons], header=("lesson", "conversations"))
+
+# %% [markdown]
+# Conversations are packed into rows, whole ones only; what stays empty is padding. Only what the assistant says is
+# learned. Below, some rows, and one conversation: green is learned, grey is only read. The calculator's output is grey,
+# because the model will never have to write it.
+
+# %%
+if fine_tuning:
+    T, conversations = sft_plan.settings.max_seq_len, len(train_task)
+    sft_rows = preview_sft_rows(tokenizer, train_task, rows=48, T=T)
+    per_row = sum(len(segments) for segments, _ in sft_rows) / len(sft_rows)
+    sft_steps = params["sft_num_iterations"] or ceil(conversations / per_row * T / sft_plan.settings.total_batch_size)
+    print0(f"{conversations:,} conversations, about {per_row:.1f} in a row; about {sft_steps:,} steps")
+    if rank == 0:
+        show_figure(plot_conversations(sft_rows[::6]), "conversations")
+        show_html(conversation_html(tokenizer, *render_for_training(tokenizer, lessons[-1], 0, T)))
+
+# %%
+model = None  # the base model's memory is needed now
+if fine_tuning:
+    sft_chart = LiveChart(sft_steps, f"fine-tuning d{settings.depth}")
+    tracker = open_tracker(params["run"], "nanochat-sft", params, rank)
+    sft_records = []
+    try:
+        for record in fine_tune(
+            sft_plan, train_task, val_task, tokenizer, device, compute_dtype, params["torch_compile"]
+        ):
+            sft_records.append(record)
+            sft_chart.add(record)
+            if not record.replayed:
+                if record.val_bpb is not None:
+                    tracker.log(wandb_eval_record(record))
+                if record.step % 10 == 0 and record.loss is not None:
+                    tracker.log(wandb_train_record(record))
+    finally:
+        sft_chart.finish()
+        tracker.finish()
+
+# %%
+if fine_tuning and rank == 0:
+    facts = {
+        "Number of iterations": sft_records[-1].step,
+        "Number of conversations": len(train_task),
+        "DDP world size": world_size,
+    }
+    facts |= summarize_training(sft_records, device, params["price_per_hour"])
+    if not all(record.replayed for record in sft_records):
+        report.log("SFT", [asdict(sft_plan.settings), facts, f"![fine-tuning]({sft_chart.file_name()}.png)"])
+        report.add_metrics("SFT", facts)
+    show_table(list(facts.items()), header=("fine-tuning", ""))
+
+# %% [markdown]
+# # ▶ Chat evaluation
+# Six exams, and the base model sits them too: what it can do already was not learned in fine-tuning. Programs that the
+# model writes run in a sandbox, because nobody has read them.
+
+# %%
+from nanochat.execution import check_solution, sandbox_level
+from tasks.arc import ARC
+from tasks.humaneval import HumanEval
+from nanochat.chat_eval import (
+    CHAT_CHANCE,
+    D12_CHAT_REFERENCE,
+    ChatResult,
+    chatcore_metric,
+    chat_tasks_to_run,
+    run_chat_eval,
+)
+
+# %%
+marks = {"base": {}, "sft": {}}  # checkpoint -> task -> result
+chat_tasks, sentence = chat_tasks_to_run(params["chat_tasks"], params["allow_weak_sandbox"])
+print0("chat evaluation: left out, as asked" if "chat_eval" in skipped else sentence)
+for source, results in marks.items():
+    limits = [n for n in (params["max_problems"], params["base_max_problems"] if source == "base" else 0) if n]
+    if "chat_eval" in skipped or (source == "base" and not params["base_max_problems"]):
+        continue
+    if not checkpoint_folder(source, model_tag_used).exists():
+        print0("There is no fine-tuned model to evaluate.")
+        continue
+    model, _, meta = load_model(source, device, "eval", model_tag=model_tag_used)
+    for task in chat_tasks:
+        stage = f"chat evaluation {source} {task}"
+        chat_inputs = task_source | {"model": [meta["fingerprint"], meta["step"]], "problems": min(limits, default=0)}
+        chat_inputs |= {name: params[f"chat_{name}"] for name in ("max_new_tokens", "num_samples", "temperature")}
+        done = finished_stage(stage, chat_inputs)
+        if done is not None:
+            print0(f"{stage}: done earlier, nothing to do")
+            results[task] = ChatResult(**done)
+            continue
+        results[task] = run_chat_eval(
+            task,
+            model,
+            tokenizer,
+            data_dir,
+            max_problems=min(limits, default=0),
+            batch_size=params["chat_batch_size"],
+            max_new_tokens=params["chat_max_new_tokens"],
+            num_samples=params["chat_num_samples"],
+            temperature=params["chat_temperature"],
+            allow_weak=params["allow_weak_sandbox"],
+        )
+        finish_stage(stage, chat_inputs, asdict(results[task]))
+    model = None
+
+# %% [markdown]
+# The marks. ChatCORE is how far from guessing to perfect the model got, averaged over the exams; SpellingBee was
+# drilled, so the mean without it says more about everything else.
+
+# %%
+if marks["sft"] and rank == 0:
+    rows = []
+    for task, result in marks["sft"].items():
+        base = marks["base"].get(task)
+        original = None if offline_tasks else D12_CHAT_REFERENCE[task]
+        rows.append((task, result.total, CHAT_CHANCE.get(task, 0.0), base and base.accuracy, result.accuracy, original))
+    columns = ("exam", "problems", "guessing", "base model", "fine-tuned", "original d12")
+    show_table(rows, columns) if not offline_tasks else show_table([row[:-1] for row in rows], columns[:-1])
+    candidates = {"base model": [row[3] for row in rows]} if marks["base"] else {}
+    candidates |= {"fine-tuned": [row[4] for row in rows]}
+    show_figure(plot_marks([row[0] for row in rows], [row[2] for row in rows], candidates), "chat-evaluation")
+    scores = {task: result.accuracy for task, result in marks["sft"].items()}
+    chatcore = {
+        "ChatCORE metric": chatcore_metric(marks["sft"]),
+        "ChatCORE without SpellingBee": chatcore_metric(marks["sft"], with_spelling=False),
+    }
+    scores |= {name: value for name, value in chatcore.items() if value is not None}
+    show_table(list(scores.items()), header=("fine-tuned model", ""))
+    if marks["base"]:
+        task = max(marks["base"], key=lambda task: marks["sft"][task].accuracy - marks["base"][task].accuracy)
+        before, after = (marks[source][task] for source in ("base", "sft"))
+        print0(
+            f"What fine-tuning taught it most: {task}, {before.accuracy:.1%} of {before.total} problems before and "
+            f"{after.accuracy:.1%} of {after.total} after, on problems that it was not trained on."
+        )
+    report.log("Chat evaluation sft", [scores, "![marks](chat-evaluation.png)"])
+    report.add_metrics("Chat evaluation sft", scores)
+
+# %% [markdown]
+# Some of the papers.
+
+# %%
+if rank == 0:
+    for task, result in marks["sft"].items():
+        papers = [(paper["question"], paper["answer"], "✓" if paper["passed"] else "✗") for paper in result.papers[:3]]
+        show_table(
+            [(text[:400], answer[:400], mark) for text, answer, mark in papers], ("question", "answer", ""), task
+        )
 
 # %% [markdown]
 # # ▶ Report

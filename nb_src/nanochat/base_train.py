@@ -77,6 +77,7 @@ class TrainRecord:
     total_flops: float
     val_bpb: float | None = None  # measured before this step's update
     samples: tuple[str, ...] | None = None
+    progress: float | None = None  # 0 to 1, how much of the run came before this step
     replayed: bool = False  # read from the log of an earlier run, not computed now
 
 
@@ -108,6 +109,70 @@ class TrainLog:
         fields = asdict(record)
         del fields["replayed"]
         return json.dumps(fields) + "\n"
+
+
+# %% [markdown]
+# ### `TrainMeter`
+# Loss, time and speed, as the records show them. The first steps of each process compile and warm up; a clock that
+# counted them would promise too long a run.
+
+# %%
+WARM_UP_STEPS = 11
+
+
+class TrainMeter:
+    """Adds up what the records of a run tell; `state` goes into the checkpoints and back into the next meter."""
+
+    def __init__(self, device: torch.device, tokens_per_step: int, flops_per_step: int, state: dict | None = None):
+        self.tokens_per_step, self.flops_per_step = tokens_per_step, flops_per_step
+        self.peak_flops = get_peak_flops(device_name_of(device)) * get_dist_info()[3]
+        state = state or {"min_val_bpb": None, "smooth_train_loss": 0.0, "total_training_time": 0.0}
+        self.min_val_bpb = math.inf if state["min_val_bpb"] is None else state["min_val_bpb"]
+        self.ema_loss, self.total_seconds = state["smooth_train_loss"], state["total_training_time"]
+        self.timed_steps, self.timed_seconds = -WARM_UP_STEPS, 0.0  # of this process
+
+    def state(self) -> dict:
+        return {
+            "min_val_bpb": self.min_val_bpb if math.isfinite(self.min_val_bpb) else None,
+            "smooth_train_loss": self.ema_loss,
+            "total_training_time": self.total_seconds,
+        }
+
+    def record(self, step: int, loss: float, seconds: float, progress: float, **more) -> TrainRecord:
+        """The record of a step that took `seconds`. Raises UserError when its loss is not a number."""
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss became {loss} at step {step}. Lower the learning rates (matrix_lr, embedding_lr) "
+                "and run again."
+            )
+        self.ema_loss = 0.9 * self.ema_loss + 0.1 * loss
+        self.timed_steps += 1
+        eta_seconds = None
+        if self.timed_steps > 0:
+            self.total_seconds += seconds
+            self.timed_seconds += seconds
+            if progress > 0:
+                eta_seconds = (step / progress - step) * self.timed_seconds / self.timed_steps
+        return TrainRecord(
+            step=step,
+            loss=loss,
+            smooth_loss=smoothed(self.ema_loss, step + 1),
+            seconds=seconds,
+            tokens_per_second=self.tokens_per_step / seconds,
+            mfu=self.flops_per_step / seconds / self.peak_flops if self.peak_flops < math.inf else None,
+            total_seconds=self.total_seconds,
+            eta_seconds=eta_seconds,
+            total_flops=self.flops_per_step * (step + 1),
+            progress=progress,
+            **more,
+        )
+
+    def last_record(self, step: int, epoch: int, val_bpb: float, samples=None) -> TrainRecord:
+        """The record after the last step."""
+        return TrainRecord(
+            step, None, smoothed(self.ema_loss, step), 0.0, 0.0, 0.0, None, epoch, self.total_seconds, 0.0,
+            self.flops_per_step * step, val_bpb, samples, progress=1.0,
+        )  # fmt: skip
 
 
 # %% [markdown]
@@ -152,6 +217,16 @@ def compiler_works(device: torch.device) -> tuple[bool, str]:
     except Exception as error:  # whatever is missing, training can go on without it
         return False, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"
     return True, ""
+
+
+def compile_for_training(model: GPT, optimizer, batch_size: int, length: int) -> None:
+    """Compile model and optimizer for batches of this shape, or say why training will be eager."""
+    works, reason = compiler_works(model.get_device())
+    if works:
+        model.compile(batch_size, length)
+        optimizer.compile()
+    else:
+        print0(f"torch.compile is not available here ({reason}); training eagerly: slower, otherwise the same")
 
 
 # %% [markdown]
@@ -225,23 +300,15 @@ def pretrain(
         adam_betas=(beta1, beta2),
         scalar_lr=settings.scalar_lr * plan.lr_scale,
     )
-    ema_loss, min_val_bpb, total_seconds, process_seconds, loader_state = 0.0, math.inf, 0.0, 0.0, None
+    loader_state = None
     if first_step:
         weights, optimizer_state, _ = load_checkpoint(folder, first_step, device, load_optimizer=True, rank=rank)
         model.load_state_dict(weights, strict=True)
         optimizer.load_state_dict(optimizer_state)
         del weights, optimizer_state
-        loop_state = meta["loop_state"]
-        ema_loss, total_seconds = loop_state["smooth_train_loss"], loop_state["total_training_time"]
-        min_val_bpb = math.inf if loop_state["min_val_bpb"] is None else loop_state["min_val_bpb"]
         loader_state = meta["dataloader_state_dict"]
     if compile_model:
-        works, reason = compiler_works(device)
-        if works:
-            model.compile(settings.device_batch_size, settings.max_seq_len)
-            optimizer.compile()
-        else:
-            print0(f"torch.compile is not available here ({reason}); training eagerly: slower, otherwise the same")
+        compile_for_training(model, optimizer, settings.device_batch_size, settings.max_seq_len)
 
     def loader_of(split, **more):
         with_state = tokenizing_distributed_data_loader_with_state_bos_bestfit
@@ -253,26 +320,23 @@ def pretrain(
     token_bytes = get_token_bytes(device, tokenizer)
     eval_steps = max(1, settings.eval_tokens // (settings.device_batch_size * settings.max_seq_len * world_size))
     flops_per_step = plan.flops_per_token * plan.total_batch_size
-    peak_flops = get_peak_flops(device_name_of(device)) * world_size
+    meter = TrainMeter(device, plan.total_batch_size, flops_per_step, meta["loop_state"] if first_step else None)
     loader = loader_of("train", resume_state_dict=loader_state)
     batch = next(loader)
     val_bpb, epoch, stops = None, batch[2]["epoch"], 0
     last_save = time.monotonic()
 
     def save(step):
-        states = [loader_state] * world_size
-        if is_ddp_initialized():
-            dist.all_gather_object(states, loader_state)
         save_checkpoint(
             folder, step, model.state_dict(), optimizer.state_dict(),
             {
                 "step": step, "val_bpb": val_bpb, "model_config": asdict(plan.model_config),
                 "user_config": asdict(settings), "device_batch_size": settings.device_batch_size,
                 "max_seq_len": settings.max_seq_len,
-                "total_batch_size": plan.total_batch_size, "dataloader_state_dict": merge_loader_states(states),
-                "loop_state": {"min_val_bpb": min_val_bpb if math.isfinite(min_val_bpb) else None,
-                               "smooth_train_loss": ema_loss, "total_training_time": total_seconds},
-                "fingerprint": fingerprint, "world_size": world_size, "tokenizer_fingerprint": tokenizer.fingerprint(),
+                "total_batch_size": plan.total_batch_size,
+                "dataloader_state_dict": merge_loader_states(gather_loader_states(loader_state)),
+                "loop_state": meter.state(), "fingerprint": fingerprint, "world_size": world_size,
+                "tokenizer_fingerprint": tokenizer.fingerprint(),
             },
             rank=rank,
         )  # fmt: skip
@@ -285,7 +349,7 @@ def pretrain(
             val_bpb, samples = None, None
             if last_step or (settings.eval_every > 0 and step % settings.eval_every == 0):
                 val_bpb = evaluate_bpb(model, loader_of("val"), eval_steps, token_bytes)
-                min_val_bpb = min(min_val_bpb, val_bpb)
+                meter.min_val_bpb = min(meter.min_val_bpb, val_bpb)
             if rank == 0 and step and (last_step or (settings.sample_every > 0 and step % settings.sample_every == 0)):
                 samples = sample_text(model, tokenizer)
             save_now = settings.save_every > 0 and step % settings.save_every == 0 and step not in (0, first_step)
@@ -293,10 +357,7 @@ def pretrain(
                 save(step)
                 last_save = time.monotonic()
             if last_step:
-                record = TrainRecord(
-                    step, None, smoothed(ema_loss, step), 0.0, 0.0, 0.0, None, epoch, total_seconds, 0.0,
-                    flops_per_step * plan.iterations, val_bpb, samples,
-                )  # fmt: skip
+                record = meter.last_record(step, epoch, val_bpb, samples)
                 if rank == 0:
                     log.append(record)
                 save(step)  # after the record: a checkpoint at the last step means that nothing is missing
@@ -314,7 +375,8 @@ def pretrain(
                 epoch = state["epoch"]
                 batch = next(loader)  # prepared while the device is busy
             loader_state = state  # of the last batch that was trained on, not of the one fetched ahead
-            set_schedules(plan, optimizer, step)
+            multiplier = lr_multiplier(plan, step)
+            set_schedules(optimizer, multiplier, muon_momentum(step), muon_weight_decay(plan, step))
             optimizer.step()
             model.zero_grad(set_to_none=True)
             totals[1] = float(stop.requested)
@@ -325,32 +387,10 @@ def pretrain(
             synchronize(device)
             seconds = time.perf_counter() - started
 
-            train_loss = loss_sum / world_size
-            if not math.isfinite(train_loss):
-                raise UserError(
-                    f"the loss became {train_loss} at step {step}. Lower the learning rates (matrix_lr, embedding_lr) "
-                    "and run again."
-                )
-            ema_loss = 0.9 * ema_loss + 0.1 * train_loss
-            timed_steps = step - first_step - 10  # the first steps of each process compile and warm up
-            if timed_steps > 0:
-                total_seconds += seconds
-                process_seconds += seconds
-            record = TrainRecord(
-                step=step,
-                loss=train_loss,
-                smooth_loss=smoothed(ema_loss, step + 1),
-                lr_multiplier=lr_multiplier(plan, step),
-                seconds=seconds,
-                tokens_per_second=plan.total_batch_size / seconds,
-                mfu=flops_per_step / seconds / peak_flops if peak_flops < math.inf else None,
-                epoch=epoch,
-                total_seconds=total_seconds,
-                eta_seconds=(plan.iterations - step) * process_seconds / timed_steps if timed_steps > 0 else None,
-                total_flops=flops_per_step * (step + 1),
-                val_bpb=val_bpb,
-                samples=samples,
-            )
+            record = meter.record(
+                step, loss_sum / world_size, seconds, step / plan.iterations,
+                lr_multiplier=multiplier, epoch=epoch, val_bpb=val_bpb, samples=samples,
+            )  # fmt: skip
             if rank == 0:
                 log.append(record)
             yield record
@@ -401,13 +441,20 @@ def collector_on_call():
         gc.enable()
 
 
-def set_schedules(plan: PretrainPlan, optimizer, step: int) -> None:
-    """Learning rates of all groups, momentum and weight decay of Muon's, for this step."""
+def set_schedules(optimizer, multiplier: float, momentum: float, weight_decay: float) -> None:
+    """Learning rates of all groups, momentum and weight decay of Muon's, for the step that follows."""
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * lr_multiplier(plan, step)
+        group["lr"] = group["initial_lr"] * multiplier
         if group["kind"] == "muon":
-            group["momentum"] = muon_momentum(step)
-            group["weight_decay"] = muon_weight_decay(plan, step)
+            group["momentum"], group["weight_decay"] = momentum, weight_decay
+
+
+def gather_loader_states(state: dict) -> list[dict]:
+    """The dataloader states of all ranks. Every rank must call it."""
+    states = [state] * get_dist_info()[3]
+    if is_ddp_initialized():
+        dist.all_gather_object(states, state)
+    return states
 
 
 def build_for_training(plan: PretrainPlan, device: torch.device, compute_dtype: torch.dtype) -> GPT:

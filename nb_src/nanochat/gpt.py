@@ -251,7 +251,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, loss_grad):
         x_grad, weight_grad = ctx.saved_tensors
-        return x_grad * loss_grad.to(x_grad.dtype), weight_grad * loss_grad, None, None, None
+        return x_grad * loss_grad, weight_grad * loss_grad, None, None, None
 
 
 # %% [markdown]

@@ -208,24 +208,35 @@ def token_display_text(tokenizer, token_id: int) -> str:
     return text.replace(" ", "·").replace("\t", "⇥").replace("\r", "␍").replace("\n", "↵\n")
 
 
-def tokens_html(tokenizer, text: str) -> str:
-    """`text` cut into tokens, as HTML."""
-    tints = ("0,114,178", "230,159,0", "0,158,115", "204,121,167")
-    ids = tokenizer.encode(text)
+def tinted_tokens(tokenizer, ids: list[int], tints: list[str], caption: str) -> str:
+    """Tokens side by side as HTML, each on its "red,green,blue"."""
     spans = []
-    for i, token_id in enumerate(ids):
+    for token_id, tint in zip(ids, tints, strict=True):
         shown = html.escape(token_display_text(tokenizer, token_id))
-        style = f"background:rgba({tints[i % len(tints)]},.32);border-radius:3px;padding:1px 0"
+        style = f"background:rgba({tint},.32);border-radius:3px;padding:1px 0"
         spans.append("<wbr>" if shown.startswith("·") else "")  # with its spaces drawn, a line has no place to break
         spans.append(f'<span title="{token_id}" style="{style}">{shown}</span>')
-    n_bytes = len(text.encode("utf-8"))
-    ratio = f", {n_bytes / len(ids):.2f} bytes each" if ids else ""
     return (
         '<div style="font-family:monospace;font-size:14px;line-height:1.9;white-space:pre-wrap;'
         'overflow-wrap:anywhere;color:inherit">'
         f"{''.join(spans)}</div>"
-        f'<div style="font-size:12px;opacity:.7;color:inherit">{len(ids)} tokens, {n_bytes} bytes{ratio}</div>'
+        f'<div style="font-size:12px;opacity:.7;color:inherit">{caption}</div>'
     )
+
+
+def tokens_html(tokenizer, text: str) -> str:
+    """`text` cut into tokens, as HTML."""
+    tints = ("0,114,178", "230,159,0", "0,158,115", "204,121,167")
+    ids, n_bytes = tokenizer.encode(text), len(text.encode("utf-8"))
+    ratio = f", {n_bytes / len(ids):.2f} bytes each" if ids else ""
+    colors = [tints[i % len(tints)] for i in range(len(ids))]
+    return tinted_tokens(tokenizer, ids, colors, f"{len(ids)} tokens, {n_bytes} bytes{ratio}")
+
+
+def conversation_html(tokenizer, ids: list[int], mask: list[int]) -> str:
+    """A rendered conversation as HTML: green is what the model learns to say (mask 1), grey what it only reads."""
+    caption = f"{len(ids)} tokens, {sum(mask)} of them (green) are learned"
+    return tinted_tokens(tokenizer, ids, ["0,158,115" if one else "140,140,140" for one in mask], caption)
 
 
 # %% [markdown]
@@ -269,6 +280,46 @@ def plot_packing(rows) -> Figure:
     whole, cut = Patch(facecolor=colors[0], label="whole"), Patch(facecolor=colors[0], hatch="////", label="cut")
     cut.set_edgecolor("white")
     axes.legend(handles=[whole, cut], loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
+    return figure
+
+
+# %% [markdown]
+# ### `plot_conversations`
+# The same for conversations. They are never cut, so rows end in padding; and only a part of each is learned.
+
+
+# %%
+@rc_context(PLOT_STYLE)
+def plot_conversations(rows) -> Figure:
+    """How conversations fill rows of tokens, and which share of each is learned.
+
+    rows: (segments, padding) as `preview_sft_rows` returns them; a segment is (conversation, tokens, learned tokens).
+    """
+    row_length = sum(tokens for _, tokens, _ in rows[0][0]) + rows[0][1]
+    figure = Figure(figsize=(8, 0.9 + 0.34 * len(rows)))
+    axes = figure.subplots()
+    for y, (segments, padding) in enumerate(rows):
+        x = 0
+        for _, tokens, learned in segments:
+            axes.barh(y, tokens, left=x, height=0.8, color="#E0E0E0", edgecolor=PLOT_INK, linewidth=0.8)
+            axes.barh(y, learned, left=x + tokens - learned, height=0.8, color="#A6DCCB", linewidth=0)
+            x += tokens
+        axes.barh(y, padding, left=x, height=0.8, color="white", edgecolor=PLOT_LINE, hatch="////", linewidth=0)
+    tokens, learned = (sum(segment[i] for segments, _ in rows for segment in segments) for i in (1, 2))
+    n, total = sum(len(segments) for segments, _ in rows), len(rows) * row_length
+    axes.set_title(
+        f"{n} conversations in {len(rows)} rows: {learned / total:.0%} learned, {(tokens - learned) / total:.0%} read, "
+        f"{1 - tokens / total:.0%} padding"
+    )
+    axes.set_xlim(0, row_length)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_yticks(range(len(rows)))
+    axes.set_xlabel("token of the row")
+    axes.set_ylabel("row")
+    axes.grid(False)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     return figure
 
 
@@ -374,6 +425,43 @@ def plot_bpb_bars(bits_per_byte: dict[str, float]) -> Figure:
     axes.spines[["bottom", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0, labelsize=10)
     axes.set_xticks([])
+    return figure
+
+
+# %% [markdown]
+# ### `plot_marks`
+# An exam without a line for guessing is an exam that one cannot read.
+
+
+# %%
+@rc_context(PLOT_STYLE)
+def plot_marks(tasks: list[str], chance: list[float], marks: dict[str, list[float | None]]) -> Figure:
+    """Accuracy (0 to 1) of each task as bars, one for each candidate, with a mark where guessing would be.
+
+    marks: candidate -> one value for each task, None where it did not sit the exam; the last candidate stands out.
+    """
+    figure = Figure(figsize=(8, 1.1 + 0.3 * len(tasks) * (0.4 + len(marks))))
+    axes = figure.subplots()
+    height = 0.8 / len(marks)
+    colors = [*("#BDBDBD", PLOT_SKY, "#D9D9D9")[: len(marks) - 1], PLOT_BLUE]
+    for i, (candidate, values) in enumerate(marks.items()):
+        middles = [y - 0.4 + (i + 0.5) * height for y in range(len(tasks))]
+        widths = [value or 0.0 for value in values]
+        bars = axes.barh(middles, widths, height=0.9 * height, color=colors[i], label=candidate)
+        axes.bar_label(bars, ["" if value is None else f"{value:.1%}" for value in values], padding=4, fontsize=9)
+    for y, guess in enumerate(chance):
+        label = "guessing" if y == 0 else None
+        axes.plot([guess, guess], [y - 0.45, y + 0.45], color=PLOT_RED, linewidth=1.4, label=label)
+    axes.set_yticks(range(len(tasks)), tasks)
+    axes.set_xlim(0, 1.08)
+    axes.set_ylim(len(tasks) - 0.45, -0.55)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0, labelsize=10)
+    axes.set_title("share of problems solved", pad=22)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(marks) + 1, borderaxespad=0.2)
     return figure
 
 

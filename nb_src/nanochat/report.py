@@ -35,6 +35,7 @@ REPORT_SECTIONS = (
     "Tokenizer evaluation",
     "Base model training",
     "Base model evaluation",
+    "CORE",
     "SFT",
     "Chat evaluation sft",
     "Chat RL",
@@ -42,12 +43,13 @@ REPORT_SECTIONS = (
 )
 REPORT_RL_SECTIONS = REPORT_SECTIONS[-2:]  # optional: neither missed nor counted in the wall clock
 REPORT_COLUMNS = {
-    "BASE": ("Base model training", "Base model evaluation"),
+    "BASE": ("Base model training", "Base model evaluation", "CORE"),
     "SFT": ("SFT", "Chat evaluation sft"),
     "RL": ("Chat RL", "Chat evaluation rl"),
 }
 REPORT_METRICS = (  # rows of the table, where a stage has measured them
-    "CORE", "val bpb", "ARC-Challenge", "ARC-Easy", "GSM8K", "HumanEval", "MMLU", "SpellingBee", "ChatCORE",
+    "CORE", "CORE (offline tasks)", "val bpb", "ARC-Challenge", "ARC-Easy", "GSM8K", "HumanEval", "MMLU", "SpellingBee",
+    "ChatCORE metric", "ChatCORE without SpellingBee",
 )  # fmt: skip
 
 

@@ -27,7 +27,11 @@ D12_RUN = dict(
     num_iterations=-1, target_flops=-1.0, target_param_data_ratio=8.5, device_batch_size=16, total_batch_size=-1,
     embedding_lr=0.3, unembedding_lr=0.004, matrix_lr=0.02, scalar_lr=0.5, weight_decay=0.2, adam_beta1=0.8,
     adam_beta2=0.95, warmup_ratio=0.0, warmdown_ratio=0.5, final_lr_frac=0.0, eval_every=250, eval_tokens=40 * 524288,
-    sample_every=-1, save_every=-1, eval_split_tokens=40 * 524288,
+    sample_every=-1, save_every=-1, eval_split_tokens=40 * 524288, core_max_per_task=0,
+    sft_num_iterations=0, sft_total_batch_size=-1, sft_init_lr_frac=1.0, sft_warmdown_ratio=0.2, sft_eval_every=150,
+    sft_eval_tokens=20 * 524288, simple_spelling_size=200_000, spelling_bee_size=80_000,
+    max_problems=0, base_max_problems=256, chat_batch_size=32, chat_max_new_tokens=512, chat_temperature=0.0,
+    chat_num_samples=1,
 )  # fmt: skip
 PRESETS = {
     "a100": D12_RUN,
@@ -36,6 +40,7 @@ PRESETS = {
     "t4": D12_RUN | dict(
         depth=4, max_seq_len=1024, window_pattern="L", device_batch_size=16, total_batch_size=65536, vocab_size=16384,
         tokenizer_max_chars=500_000_000, eval_tokens=20 * 65536, eval_split_tokens=20 * 65536,
+        sft_eval_tokens=10 * 65536,
     ),
     # At this batch the rates become 0.04, 0.56, 0.011 and 0.5 and the decay 0.2. The original's own, scaled down to it,
     # are twelve times lower and learn far less in so few steps.
@@ -43,7 +48,9 @@ PRESETS = {
         data_source="offline", vocab_size=4096, tokenizer_max_chars=20_000_000, depth=4, head_dim=64, max_seq_len=512,
         window_pattern="L", num_iterations=210, device_batch_size=16, total_batch_size=8192, matrix_lr=0.34,
         embedding_lr=4.5, unembedding_lr=0.09, scalar_lr=4.0, weight_decay=0.022, eval_every=60, eval_tokens=4 * 8192,
-        save_every=60, eval_split_tokens=8 * 8192,
+        save_every=60, eval_split_tokens=8 * 8192, sft_num_iterations=150, sft_eval_every=75, sft_eval_tokens=4 * 8192,
+        sft_init_lr_frac=0.5, sft_warmdown_ratio=0.5, simple_spelling_size=6000, spelling_bee_size=4000,
+        base_max_problems=128, chat_max_new_tokens=192,
     ),
 }  # fmt: skip
 HORIZONS = ("num_iterations", "target_flops", "target_param_data_ratio")
@@ -58,11 +65,22 @@ PARAMETER_TYPES = dict(
     embedding_lr=float, unembedding_lr=float, matrix_lr=float, scalar_lr=float, weight_decay=float,
     adam_beta1=float, adam_beta2=float, warmup_ratio=float, warmdown_ratio=float, final_lr_frac=float,
     eval_every=int, eval_tokens=int, eval_split_tokens=int, sample_every=int, save_every=int,
+    task_source=str, core_max_per_task=int, compare_model=str,
+    sft_num_iterations=int, sft_total_batch_size=int, sft_init_lr_frac=float, sft_warmdown_ratio=float,
+    sft_eval_every=int, sft_eval_tokens=int, simple_spelling_size=int, spelling_bee_size=int,
+    chat_tasks=str, max_problems=int, base_max_problems=int, chat_batch_size=int, chat_max_new_tokens=int,
+    chat_temperature=float, chat_num_samples=int, allow_weak_sandbox=bool, skip=str,
     model_tag=str, attention=str, torch_compile=bool, run=str, price_per_hour=float,
 )  # fmt: skip
 MAY_BE_ZERO = {"warmup_ratio", "warmdown_ratio", "final_lr_frac", "weight_decay", "adam_beta1", "adam_beta2",
-               "eval_every", "sample_every", "save_every", "price_per_hour"}  # fmt: skip
-FRACTIONS = {"warmup_ratio", "warmdown_ratio", "final_lr_frac", "adam_beta1", "adam_beta2"}
+               "eval_every", "sample_every", "save_every", "price_per_hour", "core_max_per_task", "sft_num_iterations",
+               "sft_warmdown_ratio", "sft_eval_every", "max_problems", "base_max_problems",
+               "chat_temperature"}  # fmt: skip
+FRACTIONS = {"warmup_ratio", "warmdown_ratio", "final_lr_frac", "adam_beta1", "adam_beta2", "sft_init_lr_frac",
+             "sft_warmdown_ratio"}  # fmt: skip
+CHOICES = {"task_source": ("", "hub", "offline")}
+STAGES_TO_SKIP = ("core", "sft", "chat_eval")
+CHAT_TASK_NAMES = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
 
 # %% [markdown]
 # ### `resolve_parameters`
@@ -88,7 +106,30 @@ def resolve_parameters(cell: dict, arguments: list[str] | None = None) -> dict:
             raise UserError(f"{name} is {value}; it must be positive, or -1 for the preset's value.")
         if name in FRACTIONS and value > 1:
             raise UserError(f"{name} is {value}; it is a fraction between 0 and 1.")
+        if value not in CHOICES.get(name, (value,)):
+            raise UserError(f"{name} is {value!r}; it can be {', '.join(filter(None, CHOICES[name]))} or empty.")
+    skipped_stages(filled["skip"])
+    chosen_chat_tasks(filled["chat_tasks"])
+    if not filled["task_source"]:
+        filled["task_source"] = "offline" if filled["data_source"] == "offline" else "hub"
     return filled | {"preset": preset}
+
+
+def skipped_stages(text: str) -> set[str]:
+    """The stages of "core, sft". Raises UserError for a name that is no stage, or one that cannot be left out."""
+    stages = {name.strip() for name in text.split(",") if name.strip()}
+    for name in sorted(stages - set(STAGES_TO_SKIP)):
+        raise UserError(f"skip has {name!r}; stages that can be left out are {', '.join(STAGES_TO_SKIP)}.")
+    return stages
+
+
+def chosen_chat_tasks(names: str) -> list[str]:
+    """The tasks of "ARC-Easy|GSM8K", all of them for "". Raises UserError for a name that is none."""
+    chosen = [name.strip() for name in names.split("|")] if names else list(CHAT_TASK_NAMES)
+    for name in chosen:
+        if name not in CHAT_TASK_NAMES:
+            raise UserError(f"chat_tasks has {name!r}; it can have {', '.join(CHAT_TASK_NAMES)}, joined by |.")
+    return list(dict.fromkeys(chosen))
 
 
 def is_given(value) -> bool:
