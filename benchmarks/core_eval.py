@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPOSITORY / name) for name in ("nb_src", "tests", "tests/nanochat")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "nb_src"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "nanochat"))
 
 from core_reference import answer, exam, fewshot_examples
-from helpers import english_documents
 
+from helpers import english_documents
 from nanochat.core_bundle import load_core_tasks
 from nanochat.core_eval import score_examples
 from nanochat.gpt import GPT, GPTConfig
@@ -31,13 +32,13 @@ from nanochat.runtime import device_name_of, keep_freed_memory
 from nanochat.tokenizer import RustBPETokenizer
 
 SHAPES = (  # label, type, shots, delimiter, words in the question, words in an answer, number of answers
-    ("10-shot, 4 choices", "multiple_choice", 10, "\nAnswer: ", 22, 4, 4),
-    ("10-shot, 2 long choices", "multiple_choice", 10, "\nAnswer: ", 8, 18, 2),
-    ("0-shot, 4 choices", "multiple_choice", 0, " ", 12, 4, 4),
-    ("0-shot, schema", "schema", 0, " ", 14, 6, 2),
-    ("10-shot, schema", "schema", 10, " ", 14, 6, 2),
-    ("0-shot, language modeling", "language_modeling", 0, " ", 70, 1, 1),
-    ("10-shot, language modeling", "language_modeling", 10, "\nAnswer: ", 20, 2, 1),
+    ("10-shot 4 choices", "multiple_choice", 10, "\nAnswer: ", 22, 4, 4),
+    ("10-shot 2 long choices", "multiple_choice", 10, "\nAnswer: ", 8, 18, 2),
+    ("0-shot 4 choices", "multiple_choice", 0, " ", 12, 4, 4),
+    ("0-shot schema", "schema", 0, " ", 14, 6, 2),
+    ("10-shot schema", "schema", 10, " ", 14, 6, 2),
+    ("0-shot language modeling", "language_modeling", 0, " ", 70, 1, 1),
+    ("10-shot language modeling", "language_modeling", 10, "\nAnswer: ", 20, 2, 1),
 )
 
 

@@ -236,6 +236,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.gpt import GPT
 from nanochat.planning import (
     PretrainSettings,
+    accumulation_steps,
     estimate_minutes,
     lr_multiplier,
     muon_momentum,
@@ -247,6 +248,8 @@ from nanochat.planning import (
 attention_name = flash_attn.select(device.type, compute_dtype, params["attention"])
 settings = PretrainSettings(**{name: params[name] for name in PretrainSettings.__dataclass_fields__})
 plan = plan_pretraining(settings, params["vocab_size"])
+sft_batch = plan.total_batch_size if params["sft_total_batch_size"] == -1 else params["sft_total_batch_size"]
+accumulation_steps("sft_total_batch_size", sft_batch, settings.device_batch_size, settings.max_seq_len, world_size)
 minutes = estimate_minutes(plan, device, compute_dtype)
 model_config = plan.model_config
 show_table(
@@ -523,7 +526,7 @@ else:
             core = evaluate_core(*core_model, device, bundle_dir, params["core_max_per_task"])
             csv_file = write_core_csv(core, f"base_model_{meta['step']:06d}" if ours else hub_model)
             if rank == 0:
-                metric = "CORE (offline tasks)" if offline_tasks else "CORE"
+                metric = "CORE offline" if offline_tasks else "CORE"  # other exams, not to be compared
                 scores = {"model": name, metric: core["core_metric"]} | core["centered_results"]
                 report.log(stage, [scores, f"![CORE]({section_slug(stage)}.png)"])
                 report.add_metrics(stage, scores)
@@ -584,7 +587,7 @@ else:
         num_iterations=params["sft_num_iterations"] or -1,  # 0 is one pass
         max_seq_len=-1,  # as in pretraining, and so are the batch and the learning rates
         device_batch_size=-1,
-        total_batch_size=params["sft_total_batch_size"],
+        total_batch_size=sft_batch,
         embedding_lr=-1,
         unembedding_lr=-1,
         matrix_lr=-1,
@@ -723,7 +726,7 @@ if marks["sft"] and rank == 0:
     show_figure(plot_marks([row[0] for row in rows], [row[2] for row in rows], candidates), "chat-evaluation")
     scores = {task: result.accuracy for task, result in marks["sft"].items()}
     chatcore = {
-        "ChatCORE metric": chatcore_metric(marks["sft"]),
+        "ChatCORE": chatcore_metric(marks["sft"]),
         "ChatCORE without SpellingBee": chatcore_metric(marks["sft"], with_spelling=False),
     }
     scores |= {name: value for name, value in chatcore.items() if value is not None}

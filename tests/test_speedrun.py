@@ -11,13 +11,16 @@ import nbformat
 import pytest
 
 from helpers import REPOSITORY, python_environment, small_corpus
+from nanochat.settings import CHAT_TASK_NAMES
 
 SPINE = REPOSITORY / "nb_src" / "nanochat_speedrun.py"
 NOTEBOOK = REPOSITORY / "notebooks" / "nanochat_speedrun.ipynb"
 TINY = dict(
     preset="cpu", vocab_size=512, depth=2, aspect_ratio=32, head_dim=32, max_seq_len=64, device_batch_size=4,
     total_batch_size=512, num_iterations=6, eval_every=3, eval_tokens=512, eval_split_tokens=512, save_every=2,
-    torch_compile=False,
+    torch_compile=False, task_source="offline", core_max_per_task=12, sft_num_iterations=6, sft_eval_every=3,
+    sft_eval_tokens=512, sft_total_batch_size=512, simple_spelling_size=200, spelling_bee_size=100, max_problems=6,
+    base_max_problems=4, chat_max_new_tokens=16,
 )  # fmt: skip
 
 
@@ -74,17 +77,23 @@ def executed(tmp_path_factory, text_folder):
 def test_the_file_alone_runs_to_the_end(executed):
     """Prevents a notebook that only works inside the repository."""
     text, images = texts_and_images(executed / "executed.ipynb")
-    assert images == 5  # windows, schedules, packing, training, bits per byte
+    assert images == 9  # windows, schedules, packing, training, bits per byte, CORE, conversations, fine-tuning, marks
     assert "this run" in text and "same bytes bpb" in text and "greedy" in text
+    assert "Evaluating: " in text and "What fine-tuning taught it most" in text and "ChatCORE" in text
     report = executed / "base" / "report"
     page = (report / "report.md").read_text()
-    for title in ("Tokenizer training", "Tokenizer evaluation", "Base model training", "Base model evaluation"):
-        assert f"## {title}" in page
+    for title in (
+        "Tokenizer training", "Tokenizer evaluation", "Base model training", "Base model evaluation", "CORE", "SFT",
+        "Chat evaluation sft",
+    ):  # fmt: skip
+        assert f"## {title}\n" in page
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", page):
         assert (report / picture).stat().st_size > 5000
     metrics = json.loads((report / "metrics.json").read_text())
     assert 1 < metrics["Base model evaluation"]["val bpb"] < 6
     assert metrics["Base model training"]["Calculated number of iterations"] == 6
+    assert metrics["SFT"]["Number of iterations"] == 6 and -1 < metrics["CORE"]["CORE offline"] < 1
+    assert set(CHAT_TASK_NAMES) - set(metrics["Chat evaluation sft"]) <= {"HumanEval"}  # where nothing confines it
 
 
 def test_again_skips_and_depth_redoes_what_depends_on_it(executed, text_folder):
@@ -93,12 +102,15 @@ def test_again_skips_and_depth_redoes_what_depends_on_it(executed, text_folder):
     process = papermill(executed / "base", text_folder, notebook, executed / "again.ipynb")
     assert process.returncode == 0, process.stdout
     text, images = texts_and_images(executed / "again.ipynb")
-    assert len(re.findall(r"nothing to do\b", text)) == 3 and images == 5
-    process = papermill(executed / "base", text_folder, notebook, executed / "deeper.ipynb", depth=3)
+    assert len(re.findall(r"nothing to do\b", text)) >= 3 + 1 + 1 + 10 and images == 9
+    assert "Evaluating: " not in text and "accuracy: " not in text, "no exam is taken twice"
+    changes = dict(depth=3, skip="core, sft, chat_eval")
+    process = papermill(executed / "base", text_folder, notebook, executed / "deeper.ipynb", **changes)
     assert process.returncode == 0, process.stdout
     text, _ = texts_and_images(executed / "deeper.ipynb")
     assert len(re.findall(r"nothing to do\b", text)) == 1 and "tokenizer: trained earlier, nothing to do" in text
     assert sorted(path.name for path in (executed / "base" / "base_checkpoints").iterdir()) == ["d2", "d3"]
+    assert text.count("left out, as asked") == 3 and not (executed / "base" / "chatsft_checkpoints" / "d3").exists()
 
 
 def test_the_flat_script_runs_alone(tmp_path, text_folder):
@@ -111,19 +123,30 @@ def test_the_flat_script_runs_alone(tmp_path, text_folder):
 
 
 def losses(process) -> list[float]:
+    """Those of pretraining, then those of fine-tuning."""
     assert process.returncode == 0, process.stdout
     return [float(loss) for loss in re.findall(r"^step \d+/\d+ .*?loss: ([\d.]+)", process.stdout, re.M)]
+
+
+def marks(process) -> list[str]:
+    """What CORE and the exams print as results, without the times."""
+    lines = re.findall(r"^(?:Evaluating: .* centered: \S+|\S+ accuracy: \S+ \(\d+/\d+)", process.stdout, re.M)
+    return [" ".join(line.split()) for line in lines]
 
 
 def test_two_processes_train_the_same_model(tmp_path, text_folder):
     """Prevents a distributed run that sees other data, averages wrongly or keeps the whole optimizer everywhere."""
     changes = dict(matrix_lr=0.3, embedding_lr=3.0, unembedding_lr=0.05)  # far enough from zero for errors to show
-    one = losses(script(tmp_path / "one", text_folder, **changes))
+    alone = script(tmp_path / "one", text_folder, **changes)
+    one = losses(alone)
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     process = script(tmp_path / "two", text_folder, torchrun, device_batch_size=2, **changes)
     two = losses(process)
-    assert len(one) == 6 and one[-1] < one[0]
+    assert len(one) == 6 + 6 and one[5] < one[0] and one[11] < one[6]
     assert two == pytest.approx(one, rel=2e-4)
+    assert len(marks(alone)) > 14 and [mark.split()[:2] for mark in marks(alone)] == [
+        mark.split()[:2] for mark in marks(process)
+    ]
     assert process.stdout.count("Distributed world size: 2") == 1, "only rank 0 may print"
     folder = tmp_path / "two" / "base_checkpoints" / "d2"
     shares = [(folder / f"optim_000006_rank{rank}.pt").stat().st_size for rank in (0, 1)]
@@ -150,6 +173,10 @@ def test_two_processes_train_the_same_model(tmp_path, text_folder):
         (dict(text_column="body"), 'has no column "body" (it has: text)'),
         (dict(vocab_size=100), "vocab_size"),
         (dict(base_dir="{file}/base"), "cannot be created"),
+        (dict(sft_total_batch_size=300), "sft_total_batch_size 300 is not a multiple of 4 sequences"),
+        (dict(chat_tasks="GSM8K|MLMU"), "chat_tasks has 'MLMU'; it can have ARC-Easy, "),
+        (dict(skip="core,pretrain"), "skip has 'pretrain'; stages that can be left out are core, sft, chat_eval."),
+        (dict(task_source="disk"), "task_source is 'disk'; it can be hub, offline or empty."),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value.items())).__repr__(),
 )

@@ -115,7 +115,8 @@ def sdpa_attention(q, k, v, window_size: tuple[int, int]):  # q (B, T, H, D), k 
 def sdpa_with_kvcache(q, k_cache, v_cache, k, v, positions, window_size: tuple[int, int]):
     """Attention of T_new queries with the cache, into which k and v (if given) are first written. (B, T_new, H, D).
 
-    q (B, T_new, H, D); caches (B, T_max, H_kv, D); k, v (B, T_new, H_kv, D) or None; positions (B,): each row's first.
+    q (B, T_new, H, D); caches (B, T_max, H_kv, D), whose dtype may be a wider one, which is then computed in; k, v
+    (B, T_new, H_kv, D) or None; positions (B,): each row's first.
     """
     B, T_new, left = q.size(0), q.size(1), window_size[0]
     lowest, end = int(positions.min()), int(positions.max()) + T_new
@@ -126,16 +127,16 @@ def sdpa_with_kvcache(q, k_cache, v_cache, k, v, positions, window_size: tuple[i
         k_cache[:, lowest:end], v_cache[:, lowest:end] = k, v
     elif k is not None:
         rows = torch.arange(B, device=q.device)[:, None]
-        k_cache[rows, q_positions], v_cache[rows, q_positions] = k, v
+        k_cache[rows, q_positions], v_cache[rows, q_positions] = k.to(k_cache.dtype), v.to(v_cache.dtype)
+    if k is not None and same and lowest == 0 and T_new > 1:  # the cache was empty: a sequence looks at itself
+        return sdpa_attention(q, k, v, window_size)
     first = 0 if left < 0 else max(0, lowest - left)  # nothing older is visible to any of the queries
     keys, values = k_cache[:, first:end], v_cache[:, first:end]
     mask = None
     if T_new > 1 or not same:
         mask = band_mask(q_positions, torch.arange(first, end, device=q.device), left)[:, None]
     dtype = q.dtype
-    if q.device.type == "cpu" and T_new == 1:  # for one query a row the kernel is four times as fast in fp32
-        q, keys, values = q.float(), keys.float(), values.float()
-    q, keys, values = (x.transpose(1, 2) for x in (q, keys, values))
+    q, keys, values = (x.transpose(1, 2) for x in (q.to(keys.dtype), keys, values))
     y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=q.size(1) != keys.size(1))
     return y.transpose(1, 2).to(dtype)
 

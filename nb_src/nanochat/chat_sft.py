@@ -42,7 +42,7 @@ from nanochat.checkpoint_manager import (
 from nanochat.dataloader import LANES
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.planning import REFERENCE_BATCH, muon_momentum
+from nanochat.planning import REFERENCE_BATCH, accumulation_steps, check_shares, muon_momentum
 from nanochat.runtime import UserError, get_dist_info, is_ddp_initialized, print0, require_free_space
 from nanochat.sft_dataloader import merge_conversation_states, sft_data_generator_bos_bestfit
 from nanochat.stages import fingerprint_of
@@ -142,19 +142,8 @@ def plan_fine_tuning(settings: SFTSettings, train_task, val_task, tokenizer, dat
             f"max_seq_len of fine-tuning is {T}, and base model {name} was trained on rows of {config.sequence_len} "
             f"tokens. Choose 1 to {config.sequence_len}."
         )
-    pass_tokens = B * T * world_size
-    if pass_tokens <= 0 or batch <= 0 or batch % pass_tokens:
-        below = max(1, batch // max(pass_tokens, 1)) * pass_tokens
-        raise UserError(
-            f"total_batch_size {batch} of fine-tuning is not a multiple of {B} sequences × {T} tokens × {world_size} "
-            f"process{'es' if world_size > 1 else ''} = {pass_tokens}. Nearest that work: {below}, "
-            f"{below + pass_tokens}."
-        )
-    if config.padded_vocab_size % world_size:
-        raise UserError(
-            f"the tables of {config.padded_vocab_size} rows do not divide over {world_size} processes. "
-            "Start 1, 2, 4, 8 or another power of two."
-        )
+    gradient_accumulation = accumulation_steps("sft_total_batch_size", batch, B, T, world_size)
+    check_shares(config, world_size)
     with torch.device("meta"):
         model = GPT(config)
     how_often = ("eval_every", "eval_tokens", "save_every", "model_tag", "device_batch_size")
@@ -166,7 +155,7 @@ def plan_fine_tuning(settings: SFTSettings, train_task, val_task, tokenizer, dat
         model_config=config,
         parameters=model.num_scaling_params(),
         flops_per_token=model.estimate_flops(),
-        gradient_accumulation=batch // pass_tokens,
+        gradient_accumulation=gradient_accumulation,
         lr_scale=(batch / REFERENCE_BATCH) ** 0.5,
         conversations=len(train_task),
         world_size=world_size,

@@ -362,7 +362,8 @@ def config_from_meta(meta: dict, name: str) -> GPTConfig:
 def build_model(checkpoint_dir, step: int, device, phase: str):
     """(model, tokenizer, meta) of one checkpoint. phase: "train" or "eval", the mode that the model is put into.
 
-    The tokenizer is that of the base directory. Raises UserError when the three do not belong together.
+    For "eval" the weights are in the compute dtype, which changes no result; for "train" they stay in fp32. The
+    tokenizer is that of the base directory. Raises UserError when the three do not belong together.
     """
     if phase not in ("train", "eval"):
         raise ValueError(f"phase is {phase!r}; it can be train or eval")
@@ -391,6 +392,8 @@ def build_model(checkpoint_dir, step: int, device, phase: str):
         model.load_state_dict(model_data, strict=True)
     except RuntimeError as error:
         raise UserError(f"the weights of checkpoint {name} do not fit its own model_config: {error}") from error
+    if phase == "eval":  # every product casts its weight to this anyway: once is enough when no update follows
+        model.to(model.compute_dtype)
     return model.train(phase == "train"), tokenizer, meta
 
 

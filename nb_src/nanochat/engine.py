@@ -270,11 +270,10 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
 
     def new_cache(self, batch_size: int, seq_len: int) -> KVCache:
-        config = self.model.config
-        return KVCache(
-            batch_size, config.n_kv_head, seq_len, config.head_dim, config.n_layer,
-            self.model.get_device(), self.model.compute_dtype,
-        )  # fmt: skip
+        config, device = self.model.config, self.model.get_device()
+        # For one query a row a CPU's attention is four times as fast in fp32 as in bf16.
+        dtype = torch.float32 if device.type == "cpu" else self.model.compute_dtype
+        return KVCache(batch_size, config.n_kv_head, seq_len, config.head_dim, config.n_layer, device, dtype)
 
     # no_grad, not inference_mode: what the model caches on the way must stay usable when training goes on
     @torch.no_grad()

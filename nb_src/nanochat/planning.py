@@ -105,6 +105,28 @@ def model_config_of(settings: PretrainSettings, vocab_size: int, depth: int) -> 
     )
 
 
+def check_shares(config: GPTConfig, world_size: int) -> None:
+    """UserError unless the optimizer can split the tables over the processes."""
+    if config.padded_vocab_size % world_size:
+        raise UserError(
+            f"the tables of {config.padded_vocab_size} rows do not divide over {world_size} processes. "
+            "Start 1, 2, 4, 8 or another power of two."
+        )
+
+
+def accumulation_steps(name: str, total: int, device_batch_size: int, seq_len: int, world_size: int) -> int:
+    """Forward passes of each process for a step of `total` tokens. UserError, about `name`, when that is no number."""
+    pass_tokens = device_batch_size * seq_len * world_size
+    if pass_tokens <= 0 or total <= 0 or total % pass_tokens:
+        below = max(1, total // max(pass_tokens, 1)) * pass_tokens
+        raise UserError(
+            f"{name} {total} is not a multiple of {device_batch_size} sequences × {seq_len} tokens × {world_size} "
+            f"process{'es' if world_size > 1 else ''} = {pass_tokens}. Nearest that work: {below}, "
+            f"{below + pass_tokens}."
+        )
+    return total // pass_tokens
+
+
 def plan_pretraining(settings: PretrainSettings, vocab_size: int) -> PretrainPlan:
     """Work out model, horizon and batch; UserError when they do not fit together."""
     if settings.depth < 1:
@@ -128,19 +150,10 @@ def plan_pretraining(settings: PretrainSettings, vocab_size: int) -> PretrainPla
         reference_tokens = settings.target_param_data_ratio * reference_params
         batch = 2 ** round(math.log2(REFERENCE_BATCH * (target_tokens / reference_tokens) ** 0.383))
     world_size = get_dist_info()[3]
-    if config.padded_vocab_size % world_size:
-        raise UserError(
-            f"the tables of {config.padded_vocab_size} rows do not divide over {world_size} processes. "
-            "Start 1, 2, 4, 8 or another power of two."
-        )
-    pass_tokens = settings.device_batch_size * settings.max_seq_len * world_size
-    if pass_tokens <= 0 or batch % pass_tokens:
-        below = max(1, batch // max(pass_tokens, 1)) * pass_tokens
-        raise UserError(
-            f"total_batch_size {batch} is not a multiple of {settings.device_batch_size} sequences × "
-            f"{settings.max_seq_len} tokens × {world_size} process{'es' if world_size > 1 else ''} = {pass_tokens}. "
-            f"Nearest that work: {below}, {below + pass_tokens}."
-        )
+    check_shares(config, world_size)
+    gradient_accumulation = accumulation_steps(
+        "total_batch_size", batch, settings.device_batch_size, settings.max_seq_len, world_size
+    )
     if settings.num_iterations > 0:
         iterations = settings.num_iterations
     elif settings.target_flops > 0:
@@ -159,7 +172,7 @@ def plan_pretraining(settings: PretrainSettings, vocab_size: int) -> PretrainPla
         parameters=parameters,
         flops_per_token=flops_per_token,
         total_batch_size=batch,
-        gradient_accumulation=batch // pass_tokens,
+        gradient_accumulation=gradient_accumulation,
         iterations=iterations,
         lr_scale=(batch / REFERENCE_BATCH) ** 0.5,
         weight_decay=settings.weight_decay * (REFERENCE_DEPTH / settings.depth) ** 2,

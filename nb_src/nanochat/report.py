@@ -48,8 +48,8 @@ REPORT_COLUMNS = {
     "RL": ("Chat RL", "Chat evaluation rl"),
 }
 REPORT_METRICS = (  # rows of the table, where a stage has measured them
-    "CORE", "CORE (offline tasks)", "val bpb", "ARC-Challenge", "ARC-Easy", "GSM8K", "HumanEval", "MMLU", "SpellingBee",
-    "ChatCORE metric", "ChatCORE without SpellingBee",
+    "CORE", "CORE offline", "val bpb", "ARC-Challenge", "ARC-Easy", "GSM8K", "HumanEval", "MMLU", "SpellingBee",
+    "ChatCORE",
 )  # fmt: skip
 
 

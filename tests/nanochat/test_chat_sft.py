@@ -354,7 +354,7 @@ def test_two_processes_fine_tune_as_one_does(base_dir, tokenizer, tmp_path_facto
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(total_batch_size=300), "300 of fine-tuning is not a multiple of 2 sequences × 64 .* 256, 384"),
+        (dict(total_batch_size=300), "sft_total_batch_size 300 is not a multiple of 2 sequences × 64 .* 256, 384"),
         (dict(max_seq_len=65), "max_seq_len of fine-tuning is 65, .* Choose 1 to 64"),
         (dict(train=[]), "no training conversation"),
         (dict(val=[]), "no validation conversation"),

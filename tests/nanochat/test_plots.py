@@ -23,9 +23,12 @@ from nanochat.plots import (
     D12_REFERENCE,
     LiveChart,
     compressor_bpb,
+    conversation_html,
     figure_png,
     in_notebook,
     plot_bpb_bars,
+    plot_conversations,
+    plot_marks,
     plot_packing,
     plot_schedules,
     plot_windows,
@@ -104,6 +107,8 @@ FIGURES = {
     "windows": lambda: plot_windows([(1024, 0), (1024, 0), (1024, 0), (2048, 0)] * 6 + [(-1, 0)], 2048),
     "schedules": lambda: plot_schedules(1785, lambda s: 1 - s / 1785, lambda s: 0.95, lambda s: 0.2),
     "bars": lambda: plot_bpb_bars({"zlib -9": 2.4, "xz -9e": 1.84, "this model": 1.7}),
+    "conversations": lambda: plot_conversations([([(i, 60, 20), (i, 300, 250), (i, 100, 9)], 53) for i in range(8)]),
+    "marks": lambda: plot_marks(["ARC-Easy", "GSM8K"], [0.25, 0.0], {"base": [0.2, None], "tuned": [0.4, 1.0]}),
     "live": lambda: chart_after(1785, reference=D12_REFERENCE).figure(),
 }
 
@@ -156,6 +161,24 @@ def test_packing_counts_documents_and_cuts():
     ]  # fmt: skip
 
 
+def test_conversations_show_what_is_learned_and_what_is_empty():
+    """A title that adds up to something other than the picture."""
+    figure = plot_conversations([([(7, 6, 3), (2, 2, 0)], 2), ([(1, 9, 5)], 1)])
+    axes = figure.axes[0]
+    assert axes.get_title(loc="left") == "3 conversations in 2 rows: 40% learned, 45% read, 15% padding"
+    bars = [(bar.get_x(), bar.get_width()) for bar in axes.patches]
+    assert bars == [(0, 6), (3, 3), (6, 2), (8, 0), (8, 2), (0, 9), (4, 5), (9, 1)]
+
+
+def test_marks_without_an_exam_have_no_bar():
+    """A missing mark that is drawn as a zero, or a line for guessing in the wrong place."""
+    figure = plot_marks(["A", "B"], [0.25, 0.0], {"base": [None, 0.5], "tuned": [0.125, 1.0]})
+    axes = figure.axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [0, 0.5, 0.125, 1.0]
+    assert [text.get_text() for text in axes.texts] == ["", "50.0%", "12.5%", "100.0%"]
+    assert [line.get_xdata()[0] for line in axes.lines] == [0.25, 0.0]
+
+
 def test_schedules_are_drawn_as_given():
     """Sampling must include the first and the last step, where the schedules bend."""
     figure = plot_schedules(5000, lambda s: s, lambda s: 2 * s, lambda s: 1.0)
@@ -187,6 +210,13 @@ def test_tokens_html_shows_whitespace_ids_and_partial_characters():
     assert "9 tokens, 9 bytes, 1.00 bytes each" in source
     assert "abcd</span>" in tokens_html(WordTokenizer(), "abcdefgh")
     assert "0 tokens, 0 bytes<" in tokens_html(ByteTokenizer(), "")
+
+
+def test_conversation_html_tells_learned_from_read():
+    """The colours are the only sign of the mask: swapped, they teach the opposite."""
+    source = conversation_html(ByteTokenizer(), list(b"ab"), [0, 1])
+    assert re.findall(r"rgba\(([\d,]+),", source) == ["140,140,140", "0,158,115"]
+    assert "2 tokens, 1 of them (green) are learned" in source
 
 
 def test_tokens_html_has_no_fixed_text_or_page_colour():

@@ -139,7 +139,7 @@ def test_says_what_did_not_run(report, capsys):
     report.log("Base model training", ["x"])
     report.generate()
     line = capsys.readouterr().out.strip().split("\n")[-1]
-    missing = "Tokenizer training, Tokenizer evaluation, Base model evaluation, SFT, Chat evaluation sft"
+    missing = "Tokenizer training, Tokenizer evaluation, Base model evaluation, CORE, SFT, Chat evaluation sft"
     assert line.endswith(f"(not run: {missing})")
 
 

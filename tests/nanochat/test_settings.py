@@ -8,7 +8,15 @@ import torch
 from helpers import REPOSITORY
 from nanochat.planning import PretrainSettings, plan_pretraining
 from nanochat.runtime import UserError
-from nanochat.settings import PARAMETER_TYPES, PRESETS, command_line, resolve_parameters
+from nanochat.settings import (
+    CHAT_TASK_NAMES,
+    PARAMETER_TYPES,
+    PRESETS,
+    chosen_chat_tasks,
+    command_line,
+    resolve_parameters,
+    skipped_stages,
+)
 
 
 def parameter_cell() -> str:
@@ -75,6 +83,9 @@ def test_the_a100_preset_is_the_original_run_value_for_value():
         adam_beta2=0.95, warmup_ratio=0.0, warmdown_ratio=0.5, final_lr_frac=0.0, eval_every=250,
         eval_tokens=40 * 524_288, sample_every=-1, save_every=-1, model_tag="",
         vocab_size=32_768, tokenizer_max_chars=2_000_000_000, tokenizer_doc_cap=10_000, data_source="fineweb-edu",
+        sft_num_iterations=0, sft_total_batch_size=-1, sft_init_lr_frac=1.0, sft_warmdown_ratio=0.2, sft_eval_every=150,
+        sft_eval_tokens=20 * 524_288, simple_spelling_size=200_000, spelling_bee_size=80_000, max_problems=0,
+        chat_max_new_tokens=512, chat_temperature=0.0, chat_num_samples=1, task_source="hub",
     )  # fmt: skip
     params = resolved()
     assert {name: params[name] for name in original} == original
@@ -87,8 +98,8 @@ def test_every_preset_is_complete_and_fits_together(preset):
     """A preset whose batch does not divide, or that leaves a -1 which nothing derives."""
     params = resolved(preset=preset)
     may_be_derived = {"train_shards", "num_iterations", "target_flops", "total_batch_size"}
-    may_be_derived |= {"sample_every", "save_every"}
-    empty = {"base_dir", "device_type", "text_column", "model_tag", "run"}
+    may_be_derived |= {"sample_every", "save_every", "sft_total_batch_size"}
+    empty = {"base_dir", "device_type", "text_column", "model_tag", "run", "compare_model", "chat_tasks", "skip"}
     assert {name for name, value in params.items() if value in ("", -1)} <= may_be_derived | empty
     for name, kind in PARAMETER_TYPES.items():
         assert type(params[name]) is kind, name
@@ -219,12 +230,30 @@ def test_a_wrong_type_is_one_clear_sentence(changes, sentence):
         (dict(final_lr_frac=2.0), "final_lr_frac is 2.0; it is a fraction"),
         (dict(adam_beta2=95.0), "adam_beta2 is 95.0; it is a fraction"),
         (dict(price_per_hour=-3.0), "price_per_hour is -3.0"),
+        (dict(max_problems=-2), "max_problems is -2"),
+        (dict(spelling_bee_size=0), "spelling_bee_size is 0"),
+        (dict(task_source="disk"), "task_source is 'disk'; it can be hub, offline or empty"),
+        (dict(chat_tasks="GSM8K|MLMU"), "chat_tasks has 'MLMU'; it can have ARC-Easy, "),
+        (dict(skip="core, pretrain"), "skip has 'pretrain'; stages that can be left out are core, sft, chat_eval"),
     ],
 )
 def test_an_impossible_value_is_one_clear_sentence(changes, sentence):
     """A run that divides by zero, or diverges, after the tokenizer was trained."""
     with pytest.raises(UserError, match=sentence):
         resolved(**changes)
+
+
+def test_tasks_follow_the_text_unless_they_are_named():
+    """An offline run that asks the hub for its exams, or a run on the hub's text with the toy exams."""
+    assert resolved(preset="cpu")["task_source"] == "offline" and resolved()["task_source"] == "hub"
+    assert resolved(data_source="my/texts", task_source="offline")["task_source"] == "offline"
+
+
+def test_lists_of_names_are_read_leniently():
+    """A space behind a comma, or a name given twice, that becomes another stage or an exam sat twice."""
+    assert skipped_stages(" core,, sft ") == {"core", "sft"} and skipped_stages("") == set()
+    assert chosen_chat_tasks("GSM8K | MMLU|GSM8K") == ["GSM8K", "MMLU"]
+    assert chosen_chat_tasks("") == list(CHAT_TASK_NAMES)
 
 
 def test_the_original_ratios_above_one_are_no_fractions():
