@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "nb_src"), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "nb_src"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from helpers import small_tokenizer
 from nanochat.attention import flash_attn

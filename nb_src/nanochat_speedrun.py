@@ -736,7 +736,7 @@ if marks["sft"] and rank == 0:
         before, after = (marks[source][task] for source in ("base", "sft"))
         print0(
             f"What fine-tuning taught it most: {task}, {before.accuracy:.1%} of {before.total} problems before and "
-            f"{after.accuracy:.1%} of {after.total} after, on problems that it was not trained on."
+            f"{after.accuracy:.1%} of {after.total} after, on problems that it had not seen."
         )
     report.log("Chat evaluation sft", [scores, "![marks](chat-evaluation.png)"])
     report.add_metrics("Chat evaluation sft", scores)

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from nb_rules import literal_of
 from nb_source import Refused, nearest
 
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+SAVE_SECONDS = 5
 BAR = "{desc} |{bar:20}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
@@ -100,12 +102,31 @@ class WatchedClient(PapermillNotebookClient):
         return super().process_message(msg, cell, cell_index)
 
 
+@contextmanager
+def seldom_saved(nb_man) -> Iterator[None]:
+    """Save the notebook every few seconds instead of before and after each of its hundreds of definitions."""
+    save, last = nb_man.save, time.monotonic()
+
+    def save_when_due(**_):
+        nonlocal last
+        if time.monotonic() - last > SAVE_SECONDS:
+            save()
+            last = time.monotonic()
+
+    nb_man.save = save_when_due
+    try:
+        yield
+    finally:
+        del nb_man.save  # the last save is papermill's own
+
+
 class WatchedEngine(Engine):
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, watch=None, start_timeout=60, **_):
         client = WatchedClient(nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, timeout=None)
         client.watch, watch.client = watch, client
-        client.execute()
+        with seldom_saved(nb_man):
+            client.execute()
 
 
 papermill_engines.register("watched", WatchedEngine)

@@ -151,8 +151,8 @@ def run_categorical_eval(name: str, task, model, tokenizer, batch_size: int = 8,
             ids = torch.full((len(batch), int(lengths.max())), tokenizer.get_bos_token_id(), dtype=torch.long)
             for row, i in zip(ids, batch, strict=True):
                 row[: len(prompts[i])] = torch.tensor(prompts[i])
-            hidden = model.trunk(ids.to(device))
-            logits = model.head(hidden[torch.arange(len(batch), device=device), lengths.to(device) - 1]).cpu()
+            hidden = model.trunk(ids.to(device), ends=lengths.to(device))  # (B, 1, C)
+            logits = model.head(hidden[:, 0]).cpu()
             for row, i in zip(logits, batch, strict=True):
                 letters = conversations[i]["letters"]
                 answers[i] = letters[int(row[[letter_ids[letter] for letter in letters]].argmax())]

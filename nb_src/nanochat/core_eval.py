@@ -206,7 +206,10 @@ def span_logits(model, ids, lengths, counts, kv_cache=None):  # ids (B, T); leng
     if hasattr(model, "logits_at"):  # a model from elsewhere, wrapped
         yield from model.logits_at(ids, rows, lengths[rows] + before_end)
         return
-    hidden = model.trunk(ids, kv_cache)[rows, lengths[rows] + before_end]
+    if kv_cache is None:
+        hidden = model.trunk(ids, ends=lengths, n=int(counts.max()))[rows, before_end]
+    else:
+        hidden = model.trunk(ids, kv_cache)[rows, lengths[rows] + before_end]
     for chunk in hidden.split(loss_chunk_rows(hidden.device)):
         yield model.head(chunk)
 
@@ -291,7 +294,8 @@ def score_shared(model, questions: list[list[ScoredSequence]], shared: list[int]
         rows = slice(first, first + rows_at_once)
         beginnings = [sequences[0].tokens[:n] for sequences, n in zip(questions[rows], shared[rows], strict=True)]
         ids = padded_rows(beginnings).to(device)
-        model.trunk(ids, cache_of_rows(cache, first, first + len(ids)))
+        lengths = torch.tensor(shared[rows], device=device)
+        model.trunk(ids, cache_of_rows(cache, first, first + len(ids)), ends=lengths)  # its last layer only caches
     losses = [[] for _ in questions]
     for turn in range(max(map(len, questions))):
         cache.set_lengths(shared)  # what the last round wrote is forgotten

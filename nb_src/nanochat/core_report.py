@@ -94,8 +94,8 @@ def core_table(outcome: Mapping) -> tuple[list[tuple], tuple]:
 
 # %% [markdown]
 # ### `plot_core`
-# Above, task by task; below, the means. A mean over other tasks than the 22 cannot be held against the others, and
-# the picture says over how many it was taken.
+# Above, task by task; below, the means. A mean over other tasks than the 22 cannot be held against theirs: then there
+# is no below.
 
 
 # %%
@@ -104,11 +104,14 @@ def plot_core(outcome: Mapping, name: str = "this model") -> Figure:
     """Centred accuracy of each task beside the original d12 run, and CORE beside it and GPT-2."""
     centered = outcome["centered_results"]
     labels = sorted(centered, key=centered.get, reverse=True)
-    means = {**GPT2_CORE, "original d12": ORIGINAL_D12_CORE}
-    mean_name = name if set(labels) == set(ORIGINAL_D12_CENTERED) else f"{name}\n(other tasks: {len(labels)})"
-    means = dict(sorted({**means, mean_name: outcome["core_metric"]}.items(), key=lambda item: item[1]))
-    figure = Figure(figsize=(8, 1.2 + 0.3 * len(labels) + 0.34 * len(means)))
-    top, bottom = figure.subplots(2, 1, height_ratios=[len(labels) + 1, 1.1 * len(means)])
+    means = {**GPT2_CORE, "original d12": ORIGINAL_D12_CORE, name: outcome["core_metric"]}
+    means = dict(sorted(means.items(), key=lambda item: item[1]))
+    comparable = set(labels) == set(ORIGINAL_D12_CENTERED)
+    figure = Figure(figsize=(8, 1.2 + 0.3 * len(labels) + 0.34 * len(means) * comparable))
+    if comparable:
+        top, bottom = figure.subplots(2, 1, height_ratios=[len(labels) + 1, 1.1 * len(means)])
+    else:
+        top = figure.subplots()
 
     bars = top.barh(labels, [centered[label] for label in labels], height=0.62, color=PLOT_BLUE, label=name)
     top.bar_label(bars, [f"{centered[label]:.3f}" for label in labels], padding=4, fontsize=8)
@@ -122,12 +125,13 @@ def plot_core(outcome: Mapping, name: str = "this model") -> Figure:
     top.margins(x=0.12, y=0.02)
     top.invert_yaxis()
 
-    colors = [PLOT_BLUE if key == mean_name else PLOT_ORANGE if key == "original d12" else "#BDBDBD" for key in means]
-    bars = bottom.barh(list(means), list(means.values()), height=0.68, color=colors)
-    bottom.bar_label(bars, [f"{value:.4f}" for value in means.values()], padding=5, fontsize=9)
-    bottom.set_title("CORE, the mean (GPT-2 is published as a mean only)")
-    bottom.margins(x=0.12)
-    for axes in (top, bottom):
+    if comparable:
+        colors = [PLOT_BLUE if key == name else PLOT_ORANGE if key == "original d12" else "#BDBDBD" for key in means]
+        bars = bottom.barh(list(means), list(means.values()), height=0.68, color=colors)
+        bottom.bar_label(bars, [f"{value:.4f}" for value in means.values()], padding=5, fontsize=9)
+        bottom.set_title("CORE, the mean (GPT-2 is published as a mean only)")
+        bottom.margins(x=0.12)
+    for axes in figure.axes:
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)

@@ -403,9 +403,9 @@ class Engine:
             row[: len(prompt)] = torch.tensor(prompt)
         cache = self.new_cache(*ids.shape)
         device = self.model.get_device()
-        hidden = self.model.trunk(ids.to(device), cache)
+        hidden = self.model.trunk(ids.to(device), cache, ends=lengths.to(device))  # (B, 1, C)
         cache.set_lengths(lengths)  # what was written for the padding behind them is forgotten
-        return cache, self.model.head(hidden[torch.arange(len(prompts), device=device), lengths.to(device) - 1])
+        return cache, self.model.head(hidden[:, 0])
 
     @staticmethod
     def sample_rows(logits, slots, temperature: float, top_k: int | None) -> list[int]:

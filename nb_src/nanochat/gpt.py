@@ -101,6 +101,11 @@ def norm(x):
     return F.rms_norm(x, (x.size(-1),))
 
 
+def at_positions(x, positions):  # x (B or 1, T, ...), positions (B, n) -> (B, n, ...)
+    """Some positions of each row, of its own; of the only row if there is one for all."""
+    return x[0][positions] if x.size(0) == 1 else x[torch.arange(len(x), device=x.device)[:, None], positions]
+
+
 def apply_rotary_emb(x, cos, sin):  # x (B, T, H, D); cos and sin (1, T, 1, D/2)
     """Rotate the channel pairs (i, i + D/2) of each head by the angle of the position."""
     x1, x2 = x.chunk(2, dim=-1)
@@ -129,23 +134,32 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.ve_gate = Linear(self.gate_channels, config.n_kv_head) if config.has_value_embedding(layer) else None
 
-    def forward(self, x, value_embedding, cos, sin, window_size, kv_cache):  # x (B, T, C), already normalised
+    def forward(self, x, value_embedding, cos, sin, window_size, kv_cache, wanted=None):
+        # x (B, T, C), already normalised; wanted: None for all positions, or (B, n), consecutive ones
         B, T, _ = x.shape
-        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
         v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
         if value_embedding is not None:
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., : self.gate_channels]))  # (B, T, H_kv)
             v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, self.n_kv_head, self.head_dim)
-        q, k = norm(apply_rotary_emb(q, cos, sin)), norm(apply_rotary_emb(k, cos, sin))
-        if kv_cache is None:
+        k = norm(apply_rotary_emb(k, cos, sin))
+        if wanted is not None:
+            x, cos, sin = (at_positions(each, wanted) for each in (x, cos, sin))
+        q = norm(apply_rotary_emb(self.c_q(x).view(B, -1, self.n_head, self.head_dim), cos, sin))
+        if kv_cache is not None:
+            k_cache, v_cache = kv_cache.get_layer_cache(self.layer)
+        if wanted is not None:
+            if kv_cache is not None:  # it is empty, see `GPT.trunk`
+                k_cache[:, :T], v_cache[:, :T] = k, v
+            ends = wanted[:, -1].int() + 1
+            y = flash_attn.flash_attn_with_kvcache(q, k, v, cache_seqlens=ends, causal=True, window_size=window_size)
+        elif kv_cache is None:
             y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=window_size)
         else:
-            k_cache, v_cache = kv_cache.get_layer_cache(self.layer)
             y = flash_attn.flash_attn_with_kvcache(
                 q, k_cache, v_cache, k, v, kv_cache.cache_seqlens, causal=True, window_size=window_size
             )
-        return self.c_proj(y.reshape(B, T, -1))
+        return self.c_proj(y.flatten(2))
 
 
 # %% [markdown]
@@ -175,9 +189,12 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x, x0, resid_lambda, x0_lambda, value_embedding, cos, sin, window_size, kv_cache=None):
+    def forward(
+        self, x, x0, resid_lambda, x0_lambda, value_embedding, cos, sin, window_size, kv_cache=None, wanted=None
+    ):
         x = resid_lambda.to(x.dtype) * x + x0_lambda.to(x.dtype) * x0
-        x = x + self.attn(norm(x), value_embedding, cos, sin, window_size, kv_cache)
+        y = self.attn(norm(x), value_embedding, cos, sin, window_size, kv_cache, wanted)
+        x = (x if wanted is None else at_positions(x, wanted)) + y
         return x + self.mlp(norm(x))
 
 
@@ -332,12 +349,19 @@ class GPT(nn.Module):
         pays = torch.is_grad_enabled() or idx.is_cuda
         return self.compiled if pays and idx.shape == self.compiled_shape else {}
 
-    def trunk(self, idx, kv_cache=None):  # (B, T) int64 -> (B, T, C)
-        """Everything before the output head. With a cache, row b's tokens follow the cache_seqlens[b] that it holds."""
+    def trunk(self, idx, kv_cache=None, ends=None, n: int = 1):  # (B, T) int64 -> (B, T, C), with ends (B, n, C)
+        """Everything before the output head. With a cache, row b's tokens follow the cache_seqlens[b] that it holds.
+
+        ends (B,) int64: only the n positions before ends[b] of each row are wanted, and the last layer computes no
+        others (where there are fewer than n, the first ones mean nothing). Without a cache, or with an empty one.
+        """
         T = idx.size(1)
-        end = T if kv_cache is None else T + kv_cache.longest()
-        if end > self.cos.size(1):
-            raise ValueError(f"{end} tokens are more than the {self.cos.size(1)} positions of the rotary tables")
+        held = 0 if kv_cache is None else kv_cache.longest()
+        if held + T > self.cos.size(1):
+            raise ValueError(f"{held + T} tokens are more than the {self.cos.size(1)} positions of the rotary tables")
+        if ends is not None and held:
+            raise ValueError("only an empty cache goes together with ends")
+        wanted = None if ends is None else ends[:, None] + torch.arange(-n, 0, device=idx.device)
         cos, sin = self.cos[:, :T], self.sin[:, :T]
         if kv_cache is not None:  # each row goes on where its own tokens end
             positions = kv_cache.cache_seqlens[:, None] + torch.arange(T, device=idx.device)  # (B, T)
@@ -350,7 +374,7 @@ class GPT(nn.Module):
             value_embedding = None if table is None else table(idx).to(self.compute_dtype)
             x = run_block(
                 block, x, x0, self.resid_lambdas[i], self.x0_lambdas[i], value_embedding, cos, sin,
-                self.window_sizes[i], kv_cache,
+                self.window_sizes[i], kv_cache, wanted if i == self.config.n_layer - 1 else None,
             )  # fmt: skip
         if kv_cache is not None:
             kv_cache.advance(T)

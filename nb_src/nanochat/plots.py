@@ -448,7 +448,9 @@ def plot_marks(tasks: list[str], chance: list[float], marks: dict[str, list[floa
         middles = [y - 0.4 + (i + 0.5) * height for y in range(len(tasks))]
         widths = [value or 0.0 for value in values]
         bars = axes.barh(middles, widths, height=0.9 * height, color=colors[i], label=candidate)
-        axes.bar_label(bars, ["" if value is None else f"{value:.1%}" for value in values], padding=4, fontsize=9)
+        labels = ["" if value is None else f"{value:.1%}" for value in values]
+        for label in axes.bar_label(bars, labels, padding=4, fontsize=9, zorder=4):  # above the line for guessing
+            label.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8})
     for y, guess in enumerate(chance):
         label = "guessing" if y == 0 else None
         axes.plot([guess, guess], [y - 0.45, y + 0.45], color=PLOT_RED, linewidth=1.4, label=label)

@@ -48,7 +48,7 @@ PRESETS = {
         data_source="offline", vocab_size=4096, tokenizer_max_chars=20_000_000, depth=4, head_dim=64, max_seq_len=512,
         window_pattern="L", num_iterations=210, device_batch_size=16, total_batch_size=8192, matrix_lr=0.34,
         embedding_lr=4.5, unembedding_lr=0.09, scalar_lr=4.0, weight_decay=0.022, eval_every=60, eval_tokens=4 * 8192,
-        save_every=60, eval_split_tokens=8 * 8192, sft_num_iterations=150, sft_eval_every=75, sft_eval_tokens=4 * 8192,
+        save_every=60, eval_split_tokens=8 * 8192, sft_num_iterations=150, sft_eval_every=50, sft_eval_tokens=4 * 8192,
         sft_init_lr_frac=0.5, sft_warmdown_ratio=0.5, simple_spelling_size=6000, spelling_bee_size=4000,
         base_max_problems=128, chat_max_new_tokens=192,
     ),

@@ -58,12 +58,14 @@ def shapes(draw, max_T):
 @settings(max_examples=40, deadline=None)
 @given(shape=shapes(40), seed=st.integers(0, 2**32 - 1))
 def test_a_sequence_agrees_with_the_reference_for_any_shape_and_window(shape, seed):
-    """A window off by one, a query head that reads the wrong key head, a wrong scale."""
+    """A window off by one, a query head that reads the wrong key head, a wrong scale; in training or in evaluation."""
     B, T, H, H_kv, D, left = shape
     q, k, v = random_qkv(seed, B, T, T, H, H_kv, D)
-    y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(left, 0))
-    assert y.shape == (B, T, H, D)
-    torch.testing.assert_close(y.double(), reference_attention(q, k, v, left), **TOLERANCE)
+    for training in (True, False):
+        with torch.set_grad_enabled(training):
+            y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(left, 0))
+        assert y.shape == (B, T, H, D)
+        torch.testing.assert_close(y.double(), reference_attention(q, k, v, left), **TOLERANCE)
 
 
 @pytest.mark.parametrize("T", [BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 17])
@@ -71,8 +73,10 @@ def test_a_sequence_agrees_with_the_reference_for_any_shape_and_window(shape, se
 def test_blocks_of_queries_join_without_a_seam(T, left):
     """A key lost or seen twice where one block of queries ends and the next begins."""
     q, k, v = random_qkv(T + left, 1, T, T, 2, 1, 4)
-    y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(left, 0))
-    torch.testing.assert_close(y.double(), reference_attention(q, k, v, left), **TOLERANCE)
+    for training in (True, False):
+        with torch.set_grad_enabled(training):
+            y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(left, 0))
+        torch.testing.assert_close(y.double(), reference_attention(q, k, v, left), **TOLERANCE)
 
 
 @settings(max_examples=40, deadline=None)
