@@ -265,6 +265,7 @@ show_table(
         ("horizon", f"{plan.iterations:,} steps, {plan.tokens:,} tokens, "
                     f"{plan.flops_per_token * plan.tokens:.2e} FLOPs"),
         ("text", params["data_source"]),
+        ("lessons and exams", params["task_source"]),
         ("pretraining takes about", "unknown" if minutes is None else f"{minutes:,.0f} minutes"),
         ("files", get_base_dir()),
     ],
@@ -709,18 +710,18 @@ for source, results in marks.items():
     model = None
 
 # %% [markdown]
-# The marks. ChatCORE is how far from guessing to perfect the model got, averaged over the exams; SpellingBee was
-# drilled, so the mean without it says more about everything else.
+# The marks. ChatCORE is how far from guessing to perfect the model got, averaged over the exams. SpellingBee asks about
+# words from the list that the model was drilled with, so the mean without it says more about everything else.
 
 # %%
 if marks["sft"] and rank == 0:
+    columns = ["exam", "problems", "guessing", "base model", "fine-tuned"] + ["original d12"] * (not offline_tasks)
     rows = []
     for task, result in marks["sft"].items():
         base = marks["base"].get(task)
-        original = None if offline_tasks else D12_CHAT_REFERENCE[task]
-        rows.append((task, result.total, CHAT_CHANCE.get(task, 0.0), base and base.accuracy, result.accuracy, original))
-    columns = ("exam", "problems", "guessing", "base model", "fine-tuned", "original d12")
-    show_table(rows, columns) if not offline_tasks else show_table([row[:-1] for row in rows], columns[:-1])
+        row = (task, result.total, CHAT_CHANCE.get(task, 0.0), base and base.accuracy, result.accuracy)
+        rows.append((*row, D12_CHAT_REFERENCE[task])[: len(columns)])
+    show_table(rows, columns)
     candidates = {"base model": [row[3] for row in rows]} if marks["base"] else {}
     candidates |= {"fine-tuned": [row[4] for row in rows]}
     show_figure(plot_marks([row[0] for row in rows], [row[2] for row in rows], candidates), "chat-evaluation")

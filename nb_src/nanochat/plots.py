@@ -246,6 +246,19 @@ def conversation_html(tokenizer, ids: list[int], mask: list[int]) -> str:
 
 
 # %%
+def frame_token_rows(axes, n_rows: int, row_length: int) -> None:
+    """Axes for rows of tokens: the first row on top, no frame but a scale of tokens."""
+    axes.set_xlim(0, row_length)
+    axes.set_ylim(n_rows - 0.5, -0.5)
+    axes.set_yticks(range(n_rows))
+    axes.set_xlabel("token of the row")
+    axes.set_ylabel("row")
+    axes.grid(False)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+
+
 @rc_context(PLOT_STYLE)
 def plot_packing(rows) -> Figure:
     """How documents fill rows of tokens.
@@ -268,15 +281,7 @@ def plot_packing(rows) -> Figure:
             x, drawn = x + length, drawn + 1
     n_cropped = sum(cropped for row in rows for _, _, cropped in row)
     axes.set_title(f"{drawn} documents in {len(rows)} rows of {row_length:,} tokens, {n_cropped} of them cut")
-    axes.set_xlim(0, row_length)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_yticks(range(len(rows)))
-    axes.set_xlabel("token of the row")
-    axes.set_ylabel("row")
-    axes.grid(False)
-    axes.spines["left"].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    frame_token_rows(axes, len(rows), row_length)
     whole, cut = Patch(facecolor=colors[0], label="whole"), Patch(facecolor=colors[0], hatch="////", label="cut")
     cut.set_edgecolor("white")
     axes.legend(handles=[whole, cut], loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
@@ -311,15 +316,7 @@ def plot_conversations(rows) -> Figure:
         f"{n} conversations in {len(rows)} rows: {learned / total:.0%} learned, {(tokens - learned) / total:.0%} read, "
         f"{1 - tokens / total:.0%} padding"
     )
-    axes.set_xlim(0, row_length)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_yticks(range(len(rows)))
-    axes.set_xlabel("token of the row")
-    axes.set_ylabel("row")
-    axes.grid(False)
-    axes.spines["left"].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    frame_token_rows(axes, len(rows), row_length)
     return figure
 
 

@@ -356,11 +356,14 @@ def test_helpers_of_the_prompt_cannot_be_replaced():
 
 @needs_confinement
 def test_the_candidate_never_sees_the_test():
-    """Expected answers that lie in the candidate's memory can be returned instead of computed."""
-    test = "def check(candidate):\n    assert candidate() == 'EXPECTED' + '-77123-' + 'ANSWER'\n"
+    """Expected answers that lie in the candidate's memory can be returned instead of computed.
+
+    The marker is letters alone, which no address in a repr can contain.
+    """
+    test = "def check(candidate):\n    assert candidate() == 'EXPECTED' + '-QZXWVK-' + 'ANSWER'\n"
     program = (
         "import gc, sys, ctypes, re\ndef f():\n    found = [x for x in gc.get_objects()"
-        " if '771' + '23' in repr(x)[:9999]]\n"
+        " if 'QZX' + 'WVK' in repr(x)[:9999]]\n"
         "    def memory():\n        import io\n        return open('/proc/self/maps').read()\n"
         "    try: return str(found) + memory()\n    except OSError as error: return f'nothing {len(found)}'\n"
     )
