@@ -163,6 +163,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from math import ceil
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # before torch is imported
@@ -172,6 +173,8 @@ needed = {
 }  # fmt: skip
 if run:
     needed.add("wandb")
+if compare_model:
+    needed.add("transformers")
 missing = sorted(name for name in needed if importlib.util.find_spec(name) is None)
 if missing:
     print("Installing", *missing)
@@ -525,7 +528,15 @@ else:
             print0(f"{stage}: done earlier, nothing to do")
         else:
             core_model = (model, tokenizer) if ours else load_transformers_model(hub_model, device)
-            core = evaluate_core(*core_model, device, bundle_dir, params["core_max_per_task"])
+            so_far = f"{stage} so far"  # an interrupted benchmark goes on with its next exam
+            core = evaluate_core(
+                *core_model,
+                device,
+                bundle_dir,
+                params["core_max_per_task"],
+                done=finished_stage(so_far, core_inputs),
+                keep=partial(finish_stage, so_far, core_inputs),
+            )
             csv_file = write_core_csv(core, f"base_model_{meta['step']:06d}" if ours else hub_model)
             if rank == 0:
                 metric = "CORE offline" if offline_tasks else "CORE"  # other exams, not to be compared

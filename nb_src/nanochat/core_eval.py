@@ -441,10 +441,12 @@ def question_work(task: CoreTask) -> float:
     return (task.num_fewshot + 1) * sum(len(str(item)) for item in sample) / len(sample)
 
 
-def evaluate_core(model, tokenizer, device, bundle_dir, max_per_task: int = -1) -> dict:
+def evaluate_core(model, tokenizer, device, bundle_dir, max_per_task: int = -1, done=None, keep=None) -> dict:
     """Ask a model all tasks of a bundle, or the first `max_per_task` questions of each if that is > 0. Section 13.
 
     model: a `GPT` or a `TransformersModel`. tokenizer: gives `encode` and `get_bos_token_id`.
+    keep: called after each task with the numbers of all that are finished. done: such numbers of an earlier run; those
+    tasks are not asked again.
     Returns {"results": accuracy, "centered_results", "correct", "questions", "seconds": each by label, "core_metric"}.
     Every rank must call it: they share the questions, and all get the same result. Raises UserError, before the first
     question is asked, for a bundle or a max_per_task that cannot be used.
@@ -455,15 +457,19 @@ def evaluate_core(model, tokenizer, device, bundle_dir, max_per_task: int = -1) 
     _, rank, _, world_size = get_dist_info()
     asked = {task.label: len(core_question_order(len(task.examples), max_per_task)) for task in tasks}
     work = {task.label: question_work(task) for task in tasks}
-    outcome = {"results": {}, "centered_results": {}, "correct": {}, "questions": {}, "seconds": {}}
+    outcome = {name: {} for name in ("results", "centered_results", "correct", "questions", "seconds")}
+    done = dict(done or {})  # label -> its number under each of these names
     was_training = model.training
     model.eval()
     with tqdm(
-        total=sum(work[label] * len(range(rank, n, world_size)) for label, n in asked.items()), file=sys.stdout,
-        mininterval=1, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}", disable=rank != 0,
+        total=sum(work[label] * len(range(rank, n, world_size)) for label, n in asked.items() if label not in done),
+        file=sys.stdout, mininterval=1, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
+        disable=rank != 0,
     ) as bar:  # fmt: skip
         for task in tasks:
             label, started = task.label, time.perf_counter()
+            if label in done:
+                continue
             bar.set_description_str(f"CORE: {label}", refresh=False)
             report = partial(bar.update, work[label])
             answers = score_examples(model, tokenizer, task, device, max_per_task, rank, world_size, report)
@@ -472,11 +478,14 @@ def evaluate_core(model, tokenizer, device, bundle_dir, max_per_task: int = -1) 
                 dist.all_reduce(correct)
             accuracy = correct.item() / asked[label]
             centered, seconds = centered_accuracy(accuracy, task.baseline), time.perf_counter() - started
-            numbers = (accuracy, centered, correct.item(), asked[label], seconds)
-            for name, number in zip(outcome, numbers, strict=True):
-                outcome[name][label] = number
+            done[label] = [accuracy, centered, correct.item(), asked[label], seconds]
             bar.clear()
             print0(core_log_line(task, accuracy, centered, seconds))
+            if keep is not None:
+                keep(done)
     model.train(was_training)
+    for task in tasks:
+        for name, number in zip(outcome, done[task.label], strict=True):
+            outcome[name][task.label] = number
     outcome["core_metric"] = sum(outcome["centered_results"].values()) / len(tasks)
     return outcome

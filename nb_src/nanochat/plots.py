@@ -489,8 +489,9 @@ def training_log_line(record, total_steps: int) -> str:
         ("eta: {:.1f}m", record_field(record, "eta_seconds"), 1 / 60),
     ]
     shown = [template.format(value * factor) for template, value, factor in fields if value is not None]
-    step = record_field(record, "step")
-    return " | ".join([f"step {step:05d}/{total_steps:05d} ({100 * step / total_steps:.2f}%)", *shown])
+    step, progress = record_field(record, "step"), record_field(record, "progress")
+    done = step / total_steps if progress is None else progress  # of one pass the number of steps is an estimate
+    return " | ".join([f"step {step:05d}/{total_steps:05d} ({100 * done:.2f}%)", *shown])
 
 
 # %% [markdown]

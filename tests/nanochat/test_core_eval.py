@@ -357,6 +357,27 @@ def test_evaluate_core(model, bundle, capsys):
     assert sum(line.startswith("Evaluating: ") for line in printed) == len(tasks)
 
 
+def test_an_interrupted_benchmark_goes_on_with_its_next_task(model, bundle, capsys):
+    """Half an hour of answers that a closed tab throws away."""
+    whole = evaluate_core(model, TOKENIZER, "cpu", bundle)
+    kept = []
+
+    def keep_two(done):
+        kept.append(json.dumps(done))
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_core(model, TOKENIZER, "cpu", bundle, keep=keep_two)
+    capsys.readouterr()
+    resumed = evaluate_core(model, TOKENIZER, "cpu", bundle, done=json.loads(kept[-1]))
+    printed = capsys.readouterr().out.replace("\r", "\n").splitlines()
+    assert sum(line.startswith("Evaluating: ") for line in printed) == len(whole["results"]) - 2
+    for name in ("results", "centered_results", "correct", "questions", "core_metric"):
+        assert resumed[name] == whole[name], name
+    assert list(resumed["results"]) == list(whole["results"])
+
+
 def test_max_per_task_too_small(model, bundle):
     """Three examples cannot be drawn from two others: said before the first task, not after the fifth."""
     with pytest.raises(UserError, match="choices3 asks each question after 3 others.*at least 4"):
