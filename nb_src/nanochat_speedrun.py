@@ -497,7 +497,7 @@ if rank == 0:
 # %% [markdown]
 # ### CORE
 # Exams for a model that can only continue text, each with examples of how it is done: which of four endings is the
-# likeliest, which word comes next? 0 is guessing and 1 is perfect. Offline there are five small exams, made from the
+# likeliest, which word comes next? 0 is guessing and 1 is perfect. Offline there are six small exams, made from the
 # validation text; on the hub's side it is the benchmark's 22.
 
 # %%
