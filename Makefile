@@ -8,7 +8,10 @@ BIN = $(VENV)/bin
 run: $(VENV)/run.stamp  ## train, evaluate and report a small model on the CPU, offline
 	@mkdir -p $(OUT)
 	@$(BIN)/python tools/nb_convert.py run nanochat_speedrun -p preset cpu -p base_dir "$(abspath $(OUT))/base" -o $(OUT)/nanochat_speedrun.ipynb
-	@echo "Executed notebook: $(OUT)/nanochat_speedrun.ipynb · report and plots: $(OUT)/base/report/report.md"
+	@echo "The executed notebook:      $(OUT)/nanochat_speedrun.ipynb"
+	@echo "The report, one page:       $(OUT)/base/report/report.html"
+	@echo "The model for transformers: $(OUT)/base/export/d4"
+	@echo "Talk to it:                 $(BIN)/python tools/chat.py --base_dir $(OUT)/base    (--serve: in a browser)"
 
 test: $(VENV)/test.stamp  ## everything that must hold
 	$(MAKE) --no-print-directory lint

@@ -17,6 +17,8 @@
 # | ▶ Fine-tune | a model that answers, and uses a calculator | 50 min · 45 ¢ | 2.5 min |
 # | ▶ Chat evaluation | six exams, marked | 85 min · 77 ¢ | 30 s |
 # | ▶ Report | one page with all of it | seconds | seconds |
+# | ▶ Export, upload | a folder for `transformers`, a repository on the hub | minutes | seconds |
+# | ▶ Chat | a page to talk to it, and a server for programs | | |
 #
 # The A100 column is the original run that the `a100` preset repeats value for value, at $0.54 an hour; its exams were
 # taken one question at a time, here they are batched, and nobody has timed that on a GPU yet. The CPU column is the
@@ -138,8 +140,17 @@ chat_temperature = -1.0  # @param {type:"number"}
 chat_num_samples = -1  # @param {type:"integer"}
 # Run model-written programs even where they cannot be kept from files and network.
 allow_weak_sandbox = False  # @param {type:"boolean"}
-# Stages to leave out, joined by commas: core, sft, chat_eval.
+# Stages to leave out, joined by commas: core, sft, chat_eval, export, chat.
 skip = ""  # @param {type:"string"}
+
+# Repository on the Hugging Face hub, as name or user/name; "" only shows what would be uploaded.
+hub_repo = ""  # @param {type:"string"}
+# Whether everybody may see it.
+hub_public = False  # @param {type:"boolean"}
+# Whether a checkpoint goes along, for others to train on.
+upload_checkpoint = False  # @param {type:"boolean"}
+# Under which licence the weights go there, by the hub's name for it.
+weights_license = "mit"  # @param {type:"string"}
 
 # The checkpoint's name; "" is d and the depth.
 model_tag = ""  # @param {type:"string"}
@@ -166,16 +177,15 @@ from dataclasses import asdict, replace
 from functools import partial
 from math import ceil
 
+source_hash = "{{source_hash}}"
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # before torch is imported
-needed = {
-    "filelock", "huggingface_hub", "matplotlib", "numpy", "psutil", "pyarrow", "requests", "rustbpe", "safetensors",
-    "tiktoken", "tokenizers", "tqdm",
-}  # fmt: skip
-if run:
-    needed.add("wandb")
-if compare_model:
-    needed.add("transformers")
-missing = sorted(name for name in needed if importlib.util.find_spec(name) is None)
+needed = (
+    "fastapi filelock huggingface_hub markdown_it matplotlib numpy psutil pyarrow requests rustbpe safetensors "
+    "tiktoken tokenizers tqdm uvicorn yaml"
+).split()
+needed += ["wandb"] * bool(run) + ["transformers"] * bool(compare_model)
+packages = {"markdown_it": "markdown-it-py", "yaml": "PyYAML"}  # the others are called like their modules
+missing = [packages.get(name, name) for name in needed if importlib.util.find_spec(name) is None]
 if missing:
     print("Installing", *missing)
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
@@ -296,7 +306,7 @@ show_figure(
 # Text, as parquet shards of documents. One shard is never trained on: it measures.
 
 # %%
-from nanochat.stages import finish_stage, finished_stage, what_changed
+from nanochat.stages import finish_stage, finished_stage, source_fingerprint, what_changed
 from nanochat.offline_corpus import collect_offline_documents
 from nanochat.dataset import epoch_sentence, files_holding, plan_data, prepare_corpus, training_characters
 
@@ -347,9 +357,19 @@ else:
             trained.save(tokenizer_dir)
             facts = tokenizer_inputs | {"train_time": time.time() - started}
             report.log("Tokenizer training", [facts, describe_token_bytes(get_token_bytes(tokenizer=trained))])
+            report.add_metrics("Tokenizer training", {"wall seconds": facts["train_time"]})
             written = [os.path.join(tokenizer_dir, name) for name in os.listdir(tokenizer_dir)]
             finish_stage("tokenizer", tokenizer_inputs, {}, written)
 tokenizer = get_tokenizer()
+report.set_provenance(
+    {
+        "follows": "karpathy/nanochat, commit 5fdd5cd",
+        "source hash": source_fingerprint(source_hash),
+        "data fingerprint": corpus.fingerprint(),
+        "tokenizer fingerprint": tokenizer.fingerprint(),
+        "parameters": params,
+    }
+)
 
 # %% [markdown]
 # A sentence as the model will see it. Hover over a piece for its number.
@@ -366,9 +386,11 @@ show_html(tokens_html(tokenizer, sentence))
 evaluation_inputs = {"tokenizer": tokenizer.fingerprint(), "files": tokenizer_inputs["files"]}
 evaluation = finished_stage("tokenizer evaluation", evaluation_inputs)
 if evaluation is None:
+    started = time.time()
     with rank0_first():
         evaluation = evaluate_tokenizer(tokenizer, corpus) if rank == 0 else None
     report.log("Tokenizer evaluation", [tokenizer_report_tables(evaluation)] if rank == 0 else [])
+    report.add_metrics("Tokenizer evaluation", {"wall seconds": time.time() - started})
     finish_stage("tokenizer evaluation", evaluation_inputs, evaluation)
 if rank == 0:
     show_markdown(tokenizer_summary_table(evaluation))
@@ -383,8 +405,8 @@ from nanochat.dataloader import pack_rows_preview, tokenizing_distributed_data_l
 from nanochat.engine import Engine
 from nanochat.checkpoint_manager import checkpoint_folder, load_model
 from nanochat.loss_eval import evaluate_bpb, every_byte_batches, first_texts
-from nanochat.base_train import pretrain, sample_text, summarize_training
-from nanochat.tracking import open_tracker, wandb_eval_record, wandb_train_record
+from nanochat.base_train import pretrain, sample_text, summarize_training, training_times
+from nanochat.tracking import open_tracker, read_secret, wandb_eval_record, wandb_train_record
 
 # %% [markdown]
 # Some of the first rows: documents packed side by side, each colour one document. The hatched ends were cut to fit.
@@ -394,10 +416,14 @@ if rank == 0:
     show_figure(plot_packing(pack_rows_preview(tokenizer, corpus, rows=96, T=settings.max_seq_len)[::12]), "packing")
 
 # %%
+from huggingface_hub import get_token
+
+if params["hub_repo"] and not (read_secret("HF_TOKEN") or get_token()):
+    print0("hub_repo is set and there is no HF_TOKEN: unless one is there when training is done, nothing is uploaded.")
 reference = D12_REFERENCE if settings.depth == 12 else None
 chart = LiveChart(plan.iterations, f"base model d{settings.depth}", reference)
 tracker = open_tracker(params["run"], "nanochat", params, rank)
-records = []
+records, started = [], time.time()
 try:
     for record in pretrain(plan, corpus, tokenizer, device, compute_dtype, params["torch_compile"]):
         records.append(record)
@@ -425,9 +451,10 @@ if rank == 0:
         "DDP world size": world_size,
     }
     facts |= summarize_training(records, device, params["price_per_hour"])
-    if not all(record.replayed for record in records):
-        report.log("Base model training", [params, facts, f"![training]({chart.file_name()}.png)"])
-        report.add_metrics("Base model training", facts)
+    if "Base model training" not in report.metrics() or not all(record.replayed for record in records):
+        report.log("Base model training", [facts, f"![training]({chart.file_name()}.png)"])
+        times = training_times(records, started)
+        report.add_metrics("Base model training", facts | times | {"model config": asdict(model_config)})
     show_table(list(facts.items()), header=("pretraining", ""))
 
 # %% [markdown]
@@ -447,6 +474,7 @@ base_results = finished_stage("base model evaluation", base_inputs)
 if base_results is not None:
     print0("base model evaluation: done earlier, nothing to do")
 else:
+    started = time.time()
     B, T = settings.device_batch_size, settings.max_seq_len
     token_bytes = get_token_bytes(device, tokenizer)
     steps = max(1, params["eval_split_tokens"] // (B * T * world_size))
@@ -467,7 +495,9 @@ else:
         texts |= {f"unconditioned {i}": text for i, text in enumerate(base_results["unconditioned"])}
         picture = "![bits per byte](bits-per-byte.png)"
         report.log("Base model evaluation", [{"model": f"base {model_tag_used}"} | numbers, picture, texts])
-        report.add_metrics("Base model evaluation", {"model": model_tag_used} | numbers)
+        written = {name: base_results[name] for name in ("samples", "unconditioned")}
+        written |= {"model": model_tag_used, "wall seconds": time.time() - started}
+        report.add_metrics("Base model evaluation", numbers | written)
     finish_stage("base model evaluation", base_inputs, base_results)
 
 # %%
@@ -542,7 +572,8 @@ else:
                 metric = "CORE offline" if offline_tasks else "CORE"  # other exams, not to be compared
                 scores = {"model": name, metric: core["core_metric"]} | core["centered_results"]
                 report.log(stage, [scores, f"![CORE]({section_slug(stage)}.png)"])
-                report.add_metrics(stage, scores)
+                details = {"accuracy": core["results"], "questions": core["questions"]}
+                report.add_metrics(stage, scores | details | {"wall seconds": sum(core["seconds"].values())})
             finish_stage(stage, core_inputs, core, [csv_file] if rank == 0 else [])
             del core_model
         show_table(*core_table(core), caption=name)
@@ -638,7 +669,7 @@ model = None  # the base model's memory is needed now
 if fine_tuning:
     sft_chart = LiveChart(sft_steps, f"fine-tuning d{settings.depth}")
     tracker = open_tracker(params["run"], "nanochat-sft", params, rank)
-    sft_records = []
+    sft_records, started = [], time.time()
     try:
         for record in fine_tune(
             sft_plan, train_task, val_task, tokenizer, device, compute_dtype, params["torch_compile"]
@@ -662,9 +693,9 @@ if fine_tuning and rank == 0:
         "DDP world size": world_size,
     }
     facts |= summarize_training(sft_records, device, params["price_per_hour"])
-    if not all(record.replayed for record in sft_records):
+    if "SFT" not in report.metrics() or not all(record.replayed for record in sft_records):
         report.log("SFT", [asdict(sft_plan.settings), facts, f"![fine-tuning]({sft_chart.file_name()}.png)"])
-        report.add_metrics("SFT", facts)
+        report.add_metrics("SFT", facts | training_times(sft_records, started))
     show_table(list(facts.items()), header=("fine-tuning", ""))
 
 # %% [markdown]
@@ -752,7 +783,12 @@ if marks["sft"] and rank == 0:
             f"{after.accuracy:.1%} of {after.total} after, on problems that it had not seen."
         )
     report.log("Chat evaluation sft", [scores, "![marks](chat-evaluation.png)"])
-    report.add_metrics("Chat evaluation sft", scores)
+    taken = [result for results in marks.values() for result in results.values()]
+    details = {"exams": params["task_source"], "wall seconds": sum(result.seconds for result in taken)}
+    details |= {"problems": {task: result.total for task, result in marks["sft"].items()}}
+    details |= {"base problems": {task: result.total for task, result in marks["base"].items()}}
+    details |= {"base model": {task: result.accuracy for task, result in marks["base"].items()}}
+    report.add_metrics("Chat evaluation sft", scores | details)
 
 # %% [markdown]
 # Some of the papers.
@@ -766,9 +802,90 @@ if rank == 0:
         )
 
 # %% [markdown]
-# # ▶ Report
-# Everything above on one page, with the pictures beside it, and all numbers again in `metrics.json` for programs.
+# And what it says when it is simply talked to. What it asks its calculator stands between ⟦ and ⟧.
 
 # %%
-report.generate()
+from nanochat.chat_terminal import sample_answers
+
+# %%
+chat_source = "sft" if checkpoint_folder("sft", model_tag_used).exists() else "base"
+chat_model, _, chat_meta = load_model(chat_source, device, "eval", model_tag=model_tag_used)
+if chat_source == "sft" and rank == 0:
+    started = time.time()
+    chat_samples = sample_answers(chat_model, tokenizer)
+    report.add_metrics("Chat samples", {"samples": chat_samples, "wall seconds": time.time() - started})
+    show_table([tuple(sample.values()) for sample in chat_samples], header=("you", "the model"))
+
+# %% [markdown]
+# # ▶ Report
+# Everything above on one page: `report.html` is one file to send to a friend, `report.md` has the pictures beside it,
+# and all numbers are again in `metrics.json` for programs.
+
+# %%
+from nanochat.report_page import generate_report
+
+# %%
+generate_report(report)
+
+# %% [markdown]
+# # ▶ Export
+# The model as a folder that the `transformers` library loads, with its tokenizer and its chat template.
+
+# %%
+from nanochat.export_modeling import EXPORT_MODELING_SOURCE
+from nanochat.export import export_checkpoint, export_files
+
+# %%
+export_dir = os.path.join(get_base_dir(), "export", model_tag_used)
+export_inputs = {"model": [chat_meta["fingerprint"], chat_meta["step"]], "source": chat_source}
+export_inputs |= {"code": source_fingerprint(source_hash)}  # a part of it travels with the model
+if "export" in skipped:
+    print0("export: left out, as asked")
+elif finished_stage("export", export_inputs) is not None:
+    print0(f"export: done earlier, nothing to do: {export_dir}")
+else:
+    with rank0_first():
+        if rank == 0:
+            export_checkpoint(chat_source, export_dir, model_tag_used)
+    finish_stage("export", export_inputs, {}, export_files(export_dir))
+
+# %% [markdown]
+# # ▶ Upload
+# Export and report can go to the Hugging Face hub, as one repository with a model card. This shows what would go. It
+# goes when `hub_repo` names the repository and there is an access token: in Colab's secrets or the environment as
+# `HF_TOKEN`, or from `hf auth login`. Optimizer state and training data never leave.
+
+# %%
+from nanochat.upload import find_hub_token, plan_upload, upload_to_hub
+
+# %%
+if "export" not in skipped and rank == 0:
+    trained_in = checkpoint_folder(chat_source, model_tag_used) if params["upload_checkpoint"] else None
+    upload_plan = plan_upload(export_dir, chat_source, trained_in, params["data_source"], params["weights_license"])
+    token = find_hub_token() if params["hub_repo"] else None
+    upload_to_hub(upload_plan, params["hub_repo"], token, private=not params["hub_public"])
+
+# %% [markdown]
+# # ▶ Chat
+# A server on this machine that programs written for OpenAI's can talk to, and a page for people, here below. It runs as
+# long as this notebook's kernel.
+
+# %%
+from nanochat.chat_server import ChatServer
+from nanochat.chat_page import CHAT_PAGE, show_chat
+
+# %%
+if "chat" in skipped:
+    print0("chat: left out, as asked")
+elif chat_source != "sft":
+    print0("chat: a base model only continues text; fine-tune it to talk to it.")
+elif command_line() is not None:
+    print0("chat: a script does not wait for visitors; start tools/chat.py, or open the notebook.")
+else:
+    if earlier := globals().get("chat_server"):  # of an earlier run of this cell
+        earlier.stop()
+    chat_server = ChatServer(chat_model, tokenizer, CHAT_PAGE, f"nanochat-{model_tag_used}").start()
+    show_chat(chat_server.port, chat_server.token)
+
+# %%
 compute_cleanup()

@@ -10,6 +10,7 @@ import sys
 import nbformat
 import pytest
 
+import nb_convert
 from helpers import REPOSITORY, python_environment, small_corpus
 from nanochat.settings import CHAT_TASK_NAMES
 
@@ -80,6 +81,7 @@ def test_the_file_alone_runs_to_the_end(executed):
     assert images == 9  # windows, schedules, packing, training, bits per byte, CORE, conversations, fine-tuning, marks
     assert "this run" in text and "same bytes bpb" in text and "greedy" in text
     assert "Evaluating: " in text and "What fine-tuning taught it most" in text and "ChatCORE" in text
+    assert "The chat runs while" in text and "Dry run: nothing was sent" in text and "why is the sky" in text.lower()
     report = executed / "base" / "report"
     page = (report / "report.md").read_text()
     for title in (
@@ -92,8 +94,37 @@ def test_the_file_alone_runs_to_the_end(executed):
     metrics = json.loads((report / "metrics.json").read_text())
     assert 1 < metrics["Base model evaluation"]["val bpb"] < 6
     assert metrics["Base model training"]["Calculated number of iterations"] == 6
+    assert (report / "report.html").stat().st_size > 100_000, "its pictures are in it"
+    assert metrics["Provenance"]["source hash"] == nb_convert.source_stamp(
+        nb_convert.read_project(REPOSITORY), "nanochat_speedrun"
+    )
+    assert set(metrics["Run"]["wall seconds by stage"]) >= {"Base model training", "SFT", "Chat evaluation sft"}
+    assert metrics["Chat samples"]["samples"][-1]["question"] == "Why is the sky blue?"
     assert metrics["SFT"]["Number of iterations"] == 6 and -1 < metrics["CORE"]["CORE offline"] < 1
     assert set(CHAT_TASK_NAMES) - set(metrics["Chat evaluation sft"]) <= {"HumanEval"}  # where nothing confines it
+
+
+def test_what_was_exported_says_the_same(executed, monkeypatch):
+    """A folder for transformers that loads and is another model."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from nanochat.checkpoint_manager import load_model
+
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(executed / "base"))
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+    monkeypatch.setenv("HF_HOME", str(executed / "hf"))
+    folder = executed / "base" / "export" / "d2"
+    theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    ours, tokenizer, _ = load_model("sft", torch.device("cpu"), "train", model_tag="d2")
+    prompt = [{"role": "user", "content": "Why is the sky <|bos|> blue?"}]
+    ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=True).apply_chat_template(
+        prompt, add_generation_prompt=True, return_dict=False
+    )
+    assert ids == tokenizer.render_for_completion({"messages": [*prompt, {"role": "assistant", "content": ""}]})
+    with torch.no_grad():
+        logits = theirs(torch.tensor([ids])).logits - ours(torch.tensor([ids]))
+    assert logits.abs().max() < 1e-4
 
 
 def test_again_skips_and_depth_redoes_what_depends_on_it(executed, text_folder):
@@ -102,15 +133,15 @@ def test_again_skips_and_depth_redoes_what_depends_on_it(executed, text_folder):
     process = papermill(executed / "base", text_folder, notebook, executed / "again.ipynb")
     assert process.returncode == 0, process.stdout
     text, images = texts_and_images(executed / "again.ipynb")
-    assert len(re.findall(r"nothing to do\b", text)) >= 3 + 1 + 1 + 10 and images == 9
+    assert len(re.findall(r"nothing to do\b", text)) >= 3 + 1 + 1 + 10 + 1 and images == 9
     assert "Evaluating: " not in text and "accuracy: " not in text, "no exam is taken twice"
-    changes = dict(depth=3, skip="core, sft, chat_eval")
+    changes = dict(depth=3, skip="core, sft, chat_eval, export, chat")
     process = papermill(executed / "base", text_folder, notebook, executed / "deeper.ipynb", **changes)
     assert process.returncode == 0, process.stdout
     text, _ = texts_and_images(executed / "deeper.ipynb")
     assert len(re.findall(r"nothing to do\b", text)) == 1 and "tokenizer: trained earlier, nothing to do" in text
     assert sorted(path.name for path in (executed / "base" / "base_checkpoints").iterdir()) == ["d2", "d3"]
-    assert text.count("left out, as asked") == 3 and not (executed / "base" / "chatsft_checkpoints" / "d3").exists()
+    assert text.count("left out, as asked") == 5 and not (executed / "base" / "chatsft_checkpoints" / "d3").exists()
 
 
 def test_the_flat_script_runs_alone(tmp_path, text_folder):
@@ -178,7 +209,8 @@ def test_two_processes_train_the_same_model(tmp_path, text_folder):
         (dict(base_dir="{file}/base"), "cannot be created"),
         (dict(sft_total_batch_size=300), "sft_total_batch_size 300 is not a multiple of 4 sequences"),
         (dict(chat_tasks="GSM8K|MLMU"), "chat_tasks has 'MLMU'; it can have ARC-Easy, "),
-        (dict(skip="core,pretrain"), "skip has 'pretrain'; stages that can be left out are core, sft, chat_eval."),
+        (dict(skip="core,pretrain"), "skip has 'pretrain'; stages that can be left out are core, sft, chat_eval, "),
+        (dict(hub_repo="my model"), "hub_repo is 'my model', which is no repository"),
         (dict(task_source="disk"), "task_source is 'disk'; it can be hub, offline or empty."),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value.items())).__repr__(),

@@ -31,9 +31,12 @@ from nb_source import (
     COLAB_LINK,
     DEFINED_ABOVE,
     DEFINITIONS,
+    FOLDED_TAG,
     JUPYTEXT_MARKER,
     NEW_CELL,
     PAPERMILL_TAGS,
+    SOURCE_STAMP,
+    STAMP_PLACEHOLDER,
     Cell,
     Project,
     Refused,
@@ -86,6 +89,8 @@ def shown(project: Project, cell: Cell, name: str) -> str:
     text = cell.text
     for placeholder, address in addresses(project, name).items() if cell.kind == "markdown" else ():
         text = text.replace(placeholder, address)
+    if cell.kind == "code" and STAMP_PLACEHOLDER in text:
+        text = text.replace(STAMP_PLACEHOLDER, source_stamp(project, name))
     lines = text.split("\n")
     for start, stop, comment in reversed(import_comments(project, cell)):
         lines[start:stop] = [comment]
@@ -99,6 +104,7 @@ def unshown(project: Project, origin: Cell | None, kind: str, text: str, name: s
             text = text.replace(address, placeholder)
     if kind != "code":
         return text
+    text = SOURCE_STAMP.sub(STAMP_PLACEHOLDER, text)
     known, lines = {}, origin.text.split("\n") if origin else []
     for start, stop, comment in import_comments(project, origin) if origin else ():
         known[comment] = "\n".join(lines[start:stop])
@@ -135,7 +141,7 @@ def cell_title(cell: Cell) -> str:
 
 def plain(kind: str, text: str, metadata: dict) -> tuple:
     """What makes a cell the same cell for us. Outputs, ids and what Jupyter, Colab or papermill note do not count."""
-    text = text.replace("\r\n", "\n")
+    text = SOURCE_STAMP.sub(STAMP_PLACEHOLDER, text.replace("\r\n", "\n"))
     return kind, text.rstrip("\n") if kind == "code" else text, tuple(metadata.get("tags", []))
 
 
@@ -157,11 +163,23 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def used_sources(cells: list[Cell], spine: Source) -> list[Source]:
+    """The chapters in their order, then the spine."""
+    return list(dict.fromkeys([cell.source for cell in cells if cell.source is not spine] + [spine]))
+
+
+def source_stamp(project: Project, name: str) -> str:
+    """One number for all sources of a notebook; `source_fingerprint` (nanochat/stages.py) finds it for a script."""
+    spine = project.spines[name]
+    digests = {source.path: digest(source.text) for source in used_sources(unroll(project, spine), spine)}
+    return digest(json.dumps(digests, sort_keys=True))
+
+
 def build_notebook(project: Project, name: str) -> nbformat.NotebookNode:
     """The notebook of a spine. Raises Refused when its sources break a rule of unrolling."""
     spine = project.spines[name]
     cells = unroll(project, spine)
-    used = list(dict.fromkeys([cell.source for cell in cells if cell.source is not spine] + [spine]))
+    used = used_sources(cells, spine)
     faults = [fault for source in used for fault in form_faults(project, source)] + list(name_faults(used))
     if faults:
         raise Refused(*faults)
@@ -169,6 +187,8 @@ def build_notebook(project: Project, name: str) -> nbformat.NotebookNode:
     notebook = new_notebook()
     for cell, cell_id in zip(cells, cell_ids(cells), strict=True):
         metadata = {**cell.options, "unrolled": {"source": cell.source.path, "cell": cell.index}}
+        if FOLDED_TAG in cell.options.get("tags", []):
+            metadata |= {"cellView": "form", "jupyter": {"source_hidden": True}}  # Colab's word for it, and Jupyter's
         notebook.cells.append(NEW_CELL[cell.kind](shown(project, cell, name), id=cell_id, metadata=metadata))
     notebook.metadata = nbformat.from_dict(
         {

@@ -29,7 +29,11 @@ MARKER = re.compile(r"# %%( |$)")
 JUPYTEXT_MARKER = re.compile(r"\s*#\s*(%%%*(\s|$)|<codecell>\s*$|In\[[0-9 ]*\]:?\s*$)")
 KEPT_OPTIONS = ("tags", "cellView")  # cell metadata that a source may carry; the second is Colab's form view
 DEFINED_ABOVE = re.compile(r"# defined above: (\w+(?:, \w+)*) \((\w+\.\w+)\)")
+FOLDED_TAG = "folded"  # a cell that a notebook shows closed: what it holds is long, and not the story
 PAPERMILL_TAGS = {"injected-parameters", "papermill-error-cell-tag"}
+# `source_hash = "{{source_hash}}"` in a spine: the build writes what it was made from, so that a run can say it.
+STAMP_PLACEHOLDER = "{{source_hash}}"
+SOURCE_STAMP = re.compile(r'(?<=^source_hash = ")[0-9a-f]{64}(?="$)', re.M)
 COLAB = "https://colab.research.google.com/"
 COLAB_LINK = re.compile(re.escape(COLAB) + r"github/[\w.-]+/[\w.-]+/blob/[\w.-]+/")
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)

@@ -536,3 +536,12 @@ def summarize_training(records: list[TrainRecord], device: torch.device, price_p
     if price_per_hour:
         summary["Price of the training"] = f"${price_per_hour * last.total_seconds / 3600:.2f}"
     return summary
+
+
+def training_times(records: list[TrainRecord], started: float) -> dict:
+    """Seconds of training proper, and by the clock: since `started` (time.time()), and in processes before this one."""
+    earlier = [record.total_seconds for record in records if record.replayed]
+    return {
+        "training seconds": records[-1].total_seconds,
+        "wall seconds": time.time() - started + max(earlier, default=0.0),
+    }

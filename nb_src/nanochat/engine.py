@@ -9,7 +9,9 @@
 # answer of a real calculator is put into its mouth.
 
 # %%
+import copy
 import math
+import random
 import re
 from collections import deque
 from dataclasses import dataclass, field
@@ -194,12 +196,12 @@ class KVCache:
             raise ValueError(f"a cache of shape {tuple(theirs)} does not fit into one of {tuple(ours)}")
         self.write_rows(range(ours[1]), other, range(ours[1]) if theirs[1] > 1 else [0] * ours[1])
 
-    def copy_rows(self, rows, seq_len: int) -> "KVCache":
-        """A new cache for `seq_len` tokens whose row i begins with what row rows[i] of this one holds."""
-        num_layers, _, _, num_heads, head_dim = self.k_cache.shape
-        copy = KVCache(len(rows), num_heads, seq_len, head_dim, num_layers, self.k_cache.device, self.k_cache.dtype)
-        copy.write_rows(range(len(rows)), self, rows)
-        return copy
+    def first_rows(self, n: int) -> "KVCache":
+        """The first n rows as a cache of their own that shares this one's memory."""
+        part = copy.copy(self)
+        part.k_cache, part.v_cache = self.k_cache[:, :n], self.v_cache[:, :n]
+        part.cache_seqlens = self.cache_seqlens[:n]
+        return part
 
 
 # %% [markdown]
@@ -230,7 +232,7 @@ def sample_next_token(logits, rng: torch.Generator, temperature: float = 1.0, to
 ENGINE_TOKENS = ("<|assistant_end|>", "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
 
 
-@dataclass
+@dataclass(eq=False)  # two rows are not the same because they look the same
 class RowState:
     """One sample in the making."""
 
@@ -240,13 +242,146 @@ class RowState:
     forced_tokens: deque[int] = field(default_factory=deque)  # to be said next, whatever the model would say
 
 
-@dataclass
+@dataclass(kw_only=True, eq=False)
 class PromptRow(RowState):
-    """One prompt of many, its continuation so far and its source of randomness."""
+    """One prompt of many, how to continue it, and its continuation so far."""
 
-    index: int = 0
-    tokens: list[int] = field(default_factory=list)
-    rng: torch.Generator | None = None
+    prompt: list[int]
+    max_tokens: int
+    temperature: float = 0.0
+    top_k: int | None = None
+    seed: int = 42
+    owner: object = None  # whatever tells the caller whose row this is
+    tokens: list[int] = field(default_factory=list)  # forced ones too, the terminal one not
+    first_logits: torch.Tensor | None = None  # (V,), of what comes after the prompt
+
+    def __post_init__(self):
+        self.rng = random.Random(self.seed)
+
+    @property
+    def finished(self) -> bool:
+        return self.completed or len(self.tokens) == self.max_tokens
+
+
+# %% [markdown]
+# ### `sample_rows`
+# The same for rows that each have a temperature, a `top_k` and a source of randomness of their own, without doing them
+# one after the other: each row throws one number between 0 and 1, and where it falls among the piled up probabilities
+# is the token.
+
+
+# %%
+def draw_tokens(logits, rows: list[PromptRow]):  # (B, V) -> (B, 1) int64
+    """One token for each row, drawn. All rows have a top_k, or none has."""
+
+    def column(values):
+        return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
+
+    limits = [min(row.top_k or logits.size(-1), logits.size(-1)) for row in rows]
+    values, ids = logits.topk(max(limits)) if rows[0].top_k else (logits, None)
+    # Below 1e-4 every temperature takes the likeliest token, and the division would overflow.
+    weights = (values / column([max(row.temperature, 1e-4) for row in rows])).softmax(-1)
+    if ids is not None:  # values are sorted: a row with a smaller top_k ignores the last ones
+        weights = weights * (torch.arange(max(limits), device=logits.device) < column(limits))
+    piled = weights.cumsum(-1)
+    drawn = torch.searchsorted(piled, piled[:, -1:] * column([row.rng.random() for row in rows]), right=True)
+    drawn = drawn.minimum(column(limits).long() - 1)  # a number that was rounded up to 1 falls behind the last
+    return drawn if ids is None else ids.gather(1, drawn)
+
+
+def sample_rows(logits, rows: list[PromptRow]) -> list[int]:  # (B, V), B rows -> B ids
+    """The next token of each row, as its own temperature and top_k want it and drawn with its own generator."""
+    tokens = logits.argmax(-1)
+    for limited in (True, False):
+        chosen = [i for i, row in enumerate(rows) if row.temperature > 0 and bool(row.top_k) == limited]
+        if chosen:
+            tokens[chosen] = draw_tokens(logits[chosen], [rows[i] for i in chosen])[:, 0]
+    return tokens.tolist()
+
+
+# %% [markdown]
+# ### `DecodeBatch`
+# Texts of different lengths written side by side, where any of them may leave and others come in at every step. An
+# exam does that, and so does a server that talks to several people. A step costs what the rows cost that are there:
+# the place of one that left is filled by the next that comes, or else by the last row.
+
+
+# %%
+class DecodeBatch:
+    """Up to `slots` texts of up to `seq_len` tokens each. Their rows do not influence one another."""
+
+    def __init__(self, engine: "Engine", slots: int, seq_len: int):
+        self.engine, self.slots, self.seq_len = engine, slots, seq_len
+        self.cache = engine.new_cache(slots, seq_len)
+        self.places: list[PromptRow | None] = []  # who has which row of the cache; None where one has left
+        self.special = {name: engine.tokenizer.encode_special(name) for name in ENGINE_TOKENS}
+        self.terminal = (self.special["<|assistant_end|>"], engine.tokenizer.get_bos_token_id())
+
+    @property
+    def rows(self) -> list[PromptRow]:
+        return [row for row in self.places if row is not None]
+
+    @property
+    def free(self) -> int:
+        return self.slots - len(self.rows)
+
+    def admit(self, rows: list[PromptRow]) -> None:
+        """Read the prompts of new rows, all together. Raises ValueError when there is no place for them."""
+        longest = max(len(row.prompt) + row.max_tokens for row in rows)
+        if len(rows) > self.free or longest > self.seq_len:
+            raise ValueError(
+                f"{len(rows)} texts of up to {longest} tokens do not fit into {self.free} rows of {self.seq_len}"
+            )
+        prompts, logits = self.engine.read_prompts([row.prompt for row in rows])
+        self.places += [None] * (self.slots - len(self.places))
+        places = [i for i, row in enumerate(self.places) if row is None][: len(rows)]
+        self.cache.write_rows(places, prompts, range(len(rows)))
+        for place, row, first_logits in zip(places, rows, logits, strict=True):
+            self.places[place], row.first_logits = row, first_logits
+
+    def remove(self, row: PromptRow) -> None:
+        """Forget a row before it is finished."""
+        self.places[self.places.index(row)] = None
+
+    def close_ranks(self) -> None:
+        """Move the last rows into the places of those that have left."""
+        n = len(self.rows)
+        empty = [i for i in range(n) if self.places[i] is None]
+        last = [i for i in range(n, len(self.places)) if self.places[i] is not None]
+        if last:
+            self.cache.write_rows(empty, self.cache, last)
+        for place, origin in zip(empty, last, strict=True):
+            self.places[place] = self.places[origin]
+        del self.places[n:]
+
+    @torch.no_grad()
+    def step(self) -> list[PromptRow]:
+        """Give each row its next token and return these rows; those that are finished with it have left the batch.
+
+        The token is row.tokens[-1], or the terminal one when the row is completed.
+        """
+        self.close_ranks()
+        rows, device = self.rows, self.cache.k_cache.device
+        if not rows:
+            return []
+        new = [i for i, row in enumerate(rows) if row.first_logits is not None]
+        logits = torch.empty(len(rows), self.engine.model.config.vocab_size, device=device)
+        if len(new) < len(rows):
+            cache = self.cache.first_rows(len(rows))
+            # What a new row writes here, behind its prompt, is overwritten by its own first token.
+            cache.set_lengths([len(row.prompt) + max(0, len(row.tokens) - 1) for row in rows])
+            ids = torch.tensor([[row.tokens[-1] if row.tokens else 0] for row in rows], device=device)
+            logits = self.engine.model(ids, kv_cache=cache)[:, -1]
+        if new:
+            logits[new] = torch.stack([rows[i].first_logits for i in new])
+        for row, token in zip(rows, sample_rows(logits, rows), strict=True):
+            row.first_logits = None
+            token = row.forced_tokens.popleft() if row.forced_tokens else token
+            self.engine.advance_row(row, token, self.special, self.terminal)
+            if not row.completed:
+                row.tokens.append(token)
+        self.places = [None if row.finished else row for row in rows]
+        return rows
 
 
 # %% [markdown]
@@ -330,7 +465,6 @@ class Engine:
             ids = torch.tensor(column, dtype=torch.long, device=device)[:, None]
             logits = self.model(ids, kv_cache=cache)[:, -1]
 
-    @torch.no_grad()
     def generate_many(
         self,
         prompts: list[list[int]],
@@ -351,50 +485,22 @@ class Engine:
             raise ValueError("needed: prompts of at least one token each, max_tokens >= 1, batch_size >= 1")
         if not prompts:
             return
-        device = self.model.get_device()
-        special = {name: self.tokenizer.encode_special(name) for name in ENGINE_TOKENS}
-        terminal = (special["<|assistant_end|>"], self.tokenizer.get_bos_token_id())
         # Similar lengths are read together, with little padding; the longest first: they need the most memory.
-        waiting = deque(sorted(range(len(prompts)), key=lambda index: -len(prompts[index])))
-        slots = [None] * min(batch_size, len(prompts))
-        cache = self.new_cache(len(slots), len(prompts[waiting[0]]) + max_tokens)
-        logits = torch.zeros(len(slots), self.model.config.vocab_size, device=device)
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+        waiting = deque(
+            PromptRow(prompt=prompts[index], max_tokens=max_tokens, temperature=temperature, top_k=top_k,
+                      seed=seed + index, owner=index)
+            for index in order
+        )  # fmt: skip
+        batch = DecodeBatch(self, min(batch_size, len(prompts)), len(waiting[0].prompt) + max_tokens)
+        while waiting or batch.rows:
+            if waiting and batch.free >= min(len(waiting), batch.slots / REFILL_SHARE):
+                batch.admit([waiting.popleft() for _ in range(min(batch.free, len(waiting)))])
+            for row in batch.step():
+                if row.finished:
+                    yield row.owner, row.tokens
 
-        while True:
-            free = [i for i, row in enumerate(slots) if row is None]
-            if waiting and (len(free) == len(slots) or len(free) >= min(len(waiting), len(slots) / REFILL_SHARE)):
-                free = free[: len(waiting)]
-                for i in free:
-                    slots[i] = PromptRow(index=waiting.popleft(), rng=torch.Generator(device=device))
-                    slots[i].rng.manual_seed(seed + slots[i].index)
-                new_cache, logits[free] = self.read_prompts([prompts[slots[i].index] for i in free])
-                cache.write_rows(free, new_cache, range(len(free)))
-
-            column = self.sample_rows(logits, slots, temperature, top_k)
-            for i, row in enumerate(slots):
-                if row is None:
-                    continue
-                if row.forced_tokens:
-                    column[i] = row.forced_tokens.popleft()
-                self.advance_row(row, column[i], special, terminal)
-                if not row.completed:
-                    row.tokens.append(column[i])
-                if row.completed or len(row.tokens) == max_tokens:
-                    yield row.index, row.tokens
-                    slots[i] = None
-
-            active = [i for i, row in enumerate(slots) if row is not None]
-            if not active and not waiting:
-                return
-            if not waiting and len(active) <= len(slots) / 2:  # the last ones need not drag empty rows along
-                cache = cache.copy_rows(active, cache.k_cache.size(2))
-                slots, column = [slots[i] for i in active], [column[i] for i in active]
-            if active:
-                held = [0 if row is None else len(prompts[row.index]) + len(row.tokens) - 1 for row in slots]
-                cache.set_lengths(held)  # an empty row writes at its beginning and is never read
-                ids = torch.tensor(column, dtype=torch.long, device=device)[:, None]
-                logits = self.model(ids, kv_cache=cache)[:, -1]
-
+    @torch.no_grad()
     def read_prompts(self, prompts: list[list[int]]) -> tuple[KVCache, torch.Tensor]:
         """A cache that holds each prompt in its row, and the logits (B, V) of what comes after them."""
         lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -406,16 +512,6 @@ class Engine:
         hidden = self.model.trunk(ids.to(device), cache, ends=lengths.to(device))  # (B, 1, C)
         cache.set_lengths(lengths)  # what was written for the padding behind them is forgotten
         return cache, self.model.head(hidden[:, 0])
-
-    @staticmethod
-    def sample_rows(logits, slots, temperature: float, top_k: int | None) -> list[int]:
-        """The next token of each row, drawn with the row's own generator; anything for an empty slot."""
-        if temperature == 0:
-            return logits.argmax(-1).tolist()
-        return [
-            0 if row is None else int(sample_next_token(logits[i : i + 1], row.rng, temperature, top_k))
-            for i, row in enumerate(slots)
-        ]
 
     def advance_row(self, row: RowState, token: int, special: dict[str, int], terminal: tuple[int, ...]) -> None:
         """Follow one new token of a row: the end of the text, or the calculator's opening and closing tokens."""

@@ -38,7 +38,7 @@ OFFLINE_EXAMPLES = 150  # of each task, where the corpus has enough text
 # A choice of the first kind is the word with the rest of the sentence, so that there is more to tell the right one by.
 
 
-# %%
+# %% tags=["folded"]
 def fitting_word_examples(rng: random.Random, material: OfflineMaterial):
     """Yield {query, right, wrong}: the beginning of a sentence, and its end with four words about equally frequent."""
     for sentence in rng.sample(material.sentences, len(material.sentences)):
@@ -64,7 +64,7 @@ def documentation_examples(rng: random.Random, material: OfflineMaterial):
 # beginning that they belong to.
 
 
-# %%
+# %% tags=["folded"]
 def beginning_examples(rng: random.Random, material: OfflineMaterial):
     """Yield {continuation, right, wrong}: the second half of a sentence, and the first halves of two."""
     sentences = [sentence for sentence in material.sentences if 60 <= len(sentence) <= 140]
@@ -80,7 +80,7 @@ def beginning_examples(rng: random.Random, material: OfflineMaterial):
 # last word of a passage that has used this word at least twice, and words to be repeated. The last one needs a model
 # that has learned to look back and copy, which the smallest ones have not.
 
-# %%
+# %% tags=["folded"]
 ECHO_CHARACTERS = (150, 600)  # of the text before the last word
 
 
@@ -132,7 +132,7 @@ def phrase_examples(rng: random.Random, material: OfflineMaterial, known: Offlin
 # The layout of the published bundle: `core.yaml` lists the tasks, `eval_meta_data.csv` has the accuracy of guessing,
 # and each task is a file of JSON lines. The right answer stands equally often in each place.
 
-# %%
+# %% tags=["folded"]
 # Label, folder, type, number of examples shown first, delimiter, accuracy of guessing in percent, description.
 OFFLINE_BUNDLE_TASKS = (
     ("fitting_word", "language_understanding", "multiple_choice", 5, " ", 25,
@@ -231,7 +231,7 @@ def write_offline_bundle(corpus: Corpus, folder: Path) -> None:
 # The one call that the pipeline makes; a few seconds the first time.
 
 
-# %%
+# %% tags=["folded"]
 def prepare_offline_bundle(corpus: Corpus) -> str:
     """Write an evaluation bundle in the layout of spec section 13.1 into <base>/offline_eval_bundle, once; its path.
 

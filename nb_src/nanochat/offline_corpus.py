@@ -32,17 +32,16 @@ from nanochat.runtime import UserError
 
 # %% [markdown]
 # ### Where the text comes from
-# Packages are read in this order until the corpus is full. What every install has stands first, so two machines with
-# the same requirements get the same corpus whatever else lies on them. A package that is missing is passed over.
+# Packages are read in this order until the corpus is full. All of them come with the notebook itself, so two machines
+# with the same requirements get the same corpus whatever else lies on them. One that is missing is passed over.
 
-# %%
+# %% tags=["folded"]
 OFFLINE_CHARACTERS = 20_000_000
 OFFLINE_RULES = 1  # raise it when a rule of this chapter changes: corpora of the old rules are then built anew
 OFFLINE_PACKAGES = (
     "numpy", "torch", "sympy", "networkx", "matplotlib", "pyarrow", "mpmath", "mpl_toolkits", "huggingface_hub",
-    "IPython", "tornado", "prompt_toolkit", "fontTools", "pydantic", "wandb", "PIL", "fsspec", "pyparsing", "jinja2",
-    "requests", "urllib3", "zmq", "jupyter_client", "traitlets", "filelock", "dateutil", "psutil", "tqdm", "setuptools",
-    "pip", "scipy", "pandas", "sklearn", "statsmodels", "skimage", "xarray", "transformers", "jax",
+    "IPython", "tornado", "prompt_toolkit", "fontTools", "pydantic", "PIL", "fsspec", "pyparsing", "jinja2", "requests",
+    "urllib3", "zmq", "jupyter_client", "traitlets", "filelock", "dateutil", "psutil", "tqdm", "setuptools", "pip",
 )  # fmt: skip
 
 # Tests, generated files, and copies of packages that stand elsewhere.
@@ -64,8 +63,7 @@ def offline_folders() -> dict[str, list[str]]:
 
 def offline_installation() -> str:
     """16 hex digits that change with the version of Python, of any package in the list, or of the rules here."""
-    distribution_names = {"PIL": "pillow", "sklearn": "scikit-learn", "skimage": "scikit-image", "zmq": "pyzmq",
-                          "dateutil": "python-dateutil", "mpl_toolkits": "matplotlib"}  # fmt: skip
+    distribution_names = {"PIL": "pillow", "zmq": "pyzmq", "dateutil": "python-dateutil", "mpl_toolkits": "matplotlib"}
     versions = [f"rules {OFFLINE_RULES}", f"characters {OFFLINE_CHARACTERS}", f"python {sys.version.split()[0]}"]
     for name in offline_folders():
         try:
@@ -82,7 +80,7 @@ def offline_installation() -> str:
 # and those texts are among the best there are.
 
 
-# %%
+# %% tags=["folded"]
 def docstrings_of(source: str, module: str):
     """Yield (name, docstring) of a Python file given as text; nothing when it does not parse.
 
@@ -136,7 +134,7 @@ def attached_docstring(call: ast.Call):
 # and punctuation do not count, so a copy with another number in it is a copy), or when most of it is not letters.
 # This holds over the whole corpus, so no long paragraph can stand on both sides of the validation split.
 
-# %%
+# %% tags=["folded"]
 NOT_A_LETTER = bytes(code for code in range(256) if not chr(code).isascii() or not chr(code).isalpha())
 LONG_PARAGRAPH = 80  # letters; shorter ones ("Returns", ">>> import numpy as np") are part of the language
 
@@ -172,7 +170,7 @@ class ParagraphFilter:
 # Lists of names, grammars and generated tables have words, but hardly any of the small ones that hold sentences
 # together.
 
-# %%
+# %% tags=["folded"]
 ENGLISH_SMALL_WORDS = frozenset(
     "the of and to in a is that for it as with be by this are on or from an if not can which at will when has".split()
 )
@@ -190,7 +188,7 @@ def is_english(text: str) -> bool:
 # definitions when it grows too long. A row of training tokens shows the model the beginning of a document and little
 # of what comes after its end, so many documents of a page each teach more than a few long ones.
 
-# %%
+# %% tags=["folded"]
 DOCUMENT_CHARACTERS = 3000
 SHORTEST_DOCSTRING = 80  # characters; "See torch.lgamma." teaches nothing
 
@@ -274,7 +272,7 @@ def offline_modules():
 # thirteen words occur in the training text too often goes back to training.
 
 
-# %%
+# %% tags=["folded"]
 def word_runs(text: str) -> set[tuple[str, ...]]:
     """The runs of 13 words that begin with a long word: a sample that two texts with a passage in common share."""
     words = re.findall(r"\w+", text.lower())
@@ -314,7 +312,7 @@ def split_offline_documents(
 # Whoever opens the folder later should not have to guess what is in it.
 
 
-# %%
+# %% tags=["folded"]
 def offline_readme(training: list[OfflineDocument], validation: list[OfflineDocument]) -> str:
     """The text of README.txt: what the corpus is, how large, and each source with its share."""
     characters = {}

@@ -2,11 +2,12 @@
 # ## The report
 #
 # At the end of a long run one wants a page: what was trained, on what, with which numbers, and how good it got. Every
-# stage writes its own section as soon as it is done, so a run that dies at the last stage still has the others.
+# stage writes its own section as soon as it is done, so a run that dies at the last stage still has the others. How
+# the page is put together from them is told at the end; this is how they are kept.
 #
 # Numbers take a second road. Text is for people; a program that fishes for "CORE" in it will one day find the word in
-# a sample that the model generated. So each stage also puts its results into `metrics.json`, and the summary table
-# and later stages read them there.
+# a sample that the model generated. So each stage also puts its results into `metrics.json`, and the page and later
+# stages read them there.
 
 # %%
 import json
@@ -20,15 +21,15 @@ from pathlib import Path
 import psutil
 import torch
 
-from nanochat.runtime import atomic_path, get_base_dir, get_dist_info, print0, write_atomic
+from nanochat.runtime import get_base_dir, get_dist_info, print0, write_atomic
 from nanochat.stages import plain_json
 
 # %% [markdown]
 # ### What a report holds
-# The sections in their order, and the columns of the table at its end. A section whose name is not in the list is
-# welcome too; it comes after the others.
+# The sections in their order. A section whose name is not in the list is welcome too; it comes after the others.
 
 # %%
+REPORT_SCHEMA = 1  # of metrics.json: counts up when a name there changes its meaning
 REPORT_TIME = "%Y-%m-%d %H:%M:%S"
 REPORT_SECTIONS = (
     "Tokenizer training",
@@ -42,20 +43,70 @@ REPORT_SECTIONS = (
     "Chat evaluation rl",
 )
 REPORT_RL_SECTIONS = REPORT_SECTIONS[-2:]  # optional: neither missed nor counted in the wall clock
-REPORT_COLUMNS = {
-    "BASE": ("Base model training", "Base model evaluation", "CORE"),
-    "SFT": ("SFT", "Chat evaluation sft"),
-    "RL": ("Chat RL", "Chat evaluation rl"),
-}
-REPORT_METRICS = (  # rows of the table, where a stage has measured them
-    "CORE", "CORE offline", "val bpb", "ARC-Challenge", "ARC-Easy", "GSM8K", "HumanEval", "MMLU", "SpellingBee",
-    "ChatCORE",
-)  # fmt: skip
 
 
 def section_slug(section: str) -> str:
     """The file name of a section without its ending: "Chat evaluation sft" -> "chat-evaluation-sft"."""
     return re.sub(r"[^a-z0-9._-]", "-", section.lower())
+
+
+# %% [markdown]
+# ### Text that others wrote
+# A language model may write anything: a heading, half a table, a picture to be fetched from somewhere. On the page its
+# words have to be words. Markdown leaves alone what stands between backticks, if there are more of them than inside.
+
+
+# %%
+def plain_lines(text: str) -> str:
+    """`text` with line feeds as its only control characters; the others become � or, the tab, stay."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+
+
+def backticks_around(text: str, at_least: int) -> str:
+    return "`" * max(at_least, 1 + max(map(len, re.findall("`+", text)), default=0))
+
+
+def code_span(text: str) -> str:
+    """`text` on one line, its white space drawn together, as Markdown code."""
+    text = " ".join(plain_lines(text).split())
+    ticks = backticks_around(text, 1)
+    pad = " " if not text or "`" in (text[0], text[-1]) else ""
+    return f"{ticks}{pad}{text}{pad}{ticks}"
+
+
+def fenced_text(text: str, kind: str = "text") -> list[str]:
+    """`text` with all its lines as a block of Markdown code, marked as one of that kind."""
+    text = plain_lines(text)
+    fence = backticks_around(text, 3)
+    return [fence + kind, *text.rstrip("\n").split("\n"), fence]
+
+
+# %% [markdown]
+# ### `report_lines`
+# Settings and results come as dictionaries, and a value may be a sample or the name of somebody's folder.
+
+
+# %%
+def report_lines(item) -> list[str]:
+    """One entry of a section as Markdown: a string as it is, a dict as a list."""
+    if isinstance(item, str):
+        return [item]
+    lines = []
+    for key, value in item.items():
+        if isinstance(value, float):
+            text = f"{value:.4f}"
+        elif isinstance(value, int) and not isinstance(value, bool) and value >= 10000:
+            text = f"{value:,}"
+        else:
+            text = str(value)
+        if "\n" in text or "\r" in text:
+            lines += [f"- {key}:", "", *(f"  {line}".rstrip() for line in fenced_text(text)), ""]
+        elif re.search(r"[\\`*\[\]<>|~&$\x00-\x1f\x7f-\x9f]|(?<!\w)_|_(?!\w)", text):  # what Markdown might read
+            lines.append(f"- {key}: {code_span(text)}")
+        else:
+            lines.append(f"- {key}: {text}")
+    return lines
 
 
 # %% [markdown]
@@ -81,9 +132,13 @@ def git_lines() -> list[str]:
     state = "dirty" if run_git("status", "--porcelain") else "clean"
     return [
         "### Git",
-        f"- Branch: {run_git('rev-parse', '--abbrev-ref', 'HEAD')}",
-        f"- Commit: {commit} ({state})",
-        f"- Message: {(run_git('log', '-1', '--format=%s') or '')[:80]}",
+        *report_lines(
+            {
+                "Branch": run_git("rev-parse", "--abbrev-ref", "HEAD"),
+                "Commit": f"{commit} ({state})",
+                "Message": (run_git("log", "-1", "--format=%s") or "")[:80],
+            }
+        ),
         "",
     ]
 
@@ -109,7 +164,7 @@ def hardware_lines() -> list[str]:
         f"- GPUs: {len(gpus)}× {', '.join(sorted(set(names)))}",
         f"- GPU memory: {sum(gpu.total_memory for gpu in gpus) / 1024**3:.1f} GB in total",
         f"- CUDA version: {torch.version.cuda}",
-        f"- Hourly rate: ${rate:.2f}/hour",
+        f"- Hourly rate: ${rate:.2f}/hour is typical",
         "",
     ]
 
@@ -149,26 +204,13 @@ def report_header() -> str:
 # %% [markdown]
 # ### `Report`
 # Text, dictionaries of settings and results, and pictures: a string such as `![loss](loss.png)` shows `loss.png` when
-# the file lies in the same folder.
+# the file lies in the same folder. A section that is written again has also forgotten its numbers of last time, so
+# they can never belong to different runs.
 
 
 # %%
-def report_lines(item) -> list[str]:
-    """One entry of a section as Markdown: a string as it is, a dict as a list."""
-    if isinstance(item, str):
-        return [item]
-    lines = []
-    for key, value in item.items():
-        if isinstance(value, float):
-            value = f"{value:.4f}"
-        elif isinstance(value, int) and not isinstance(value, bool) and value >= 10000:
-            value = f"{value:,}"
-        lines.append(f"- {key}: {value}")
-    return lines
-
-
 class Report:
-    """A folder with one Markdown file for each section, the header, `metrics.json` and in the end `report.md`.
+    """A folder with one Markdown file for each section, the header, and `metrics.json`; all that the page is made of.
 
     Spec section 3.
     """
@@ -177,8 +219,14 @@ class Report:
         self.folder = Path(report_dir)
 
     def log(self, section: str, data: list) -> str:
-        """Write a section, in place of an older one; returns its path. data: strings and dicts, empty ones left out."""
+        """Write a section, in place of an older one and its numbers; returns its path.
+
+        data: strings, which are taken as Markdown, and dicts, whose values may be anybody's text; empty ones left out.
+        """
         self._ensure_header()
+        every = self.metrics()
+        if every.pop(section, None) is not None:
+            self._write_metrics(every)
         lines = [f"## {section}", f"timestamp: {time.strftime(REPORT_TIME)}", ""]
         for item in data:
             lines += report_lines(item) if item else []
@@ -187,51 +235,35 @@ class Report:
         return str(path)
 
     def add_metrics(self, section: str, metrics: dict) -> None:
-        """Merge numbers (or other JSON values) into `metrics.json` under a section; the newer of two values stays."""
+        """Merge numbers (or other JSON values) into `metrics.json` under a section; the newer of two values stays.
+
+        The chapter on the page says which names it reads.
+        """
         every = self.metrics()
-        every[section] = every.get(section, {}) | plain_json(metrics)
-        write_atomic(self.folder / "metrics.json", json.dumps(every, indent=2, allow_nan=False) + "\n")
+        self._write_metrics(every | {section: every.get(section, {}) | plain_json(metrics)})
+
+    def set_provenance(self, facts: dict) -> None:
+        """Where the numbers of this run come from, in place of what was there.
+
+        facts: "parameters" (name -> value) and whatever else identifies the run: hashes, the version that it follows.
+        Of a parameter that is an absolute path only the name is kept; the rest is nobody's business. Other facts than
+        last time are another run in the same folder, and get a new header.
+        """
+        every, facts = self.metrics(), plain_json(facts)
+        for name, value in facts.get("parameters", {}).items():
+            if isinstance(value, str) and Path(value).is_absolute():
+                facts["parameters"][name] = f"…/{Path(value).name}"
+        if every.get("Provenance") != facts:
+            write_atomic(self.folder / "header.md", report_header())
+            self._write_metrics(every | {"Provenance": facts})
 
     def metrics(self) -> dict:
         """{section: {name: value}} of everything measured so far."""
         path = self.folder / "metrics.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return {section: metrics for section, metrics in every.items() if section != "schema"}
 
-    def reset(self) -> None:
-        """Begin a new report: forget the sections and the metrics, write a fresh header, print the folder."""
-        for path in [*self._sections().values(), *(self.folder / name for name in ("report.md", "metrics.json"))]:
-            path.unlink(missing_ok=True)
-        write_atomic(self.folder / "header.md", report_header())
-        print0(f"report: started afresh in {self.folder}")
-
-    def generate(self, copy_to=None) -> str:
-        """Put the sections together as `report.md` in the report's folder; returns its path.
-
-        copy_to: a folder for a second copy, together with the pictures that it shows. By default there is none: the
-        folder that someone happens to start from may be a git checkout or hold another `report.md`; it is not ours.
-        """
-        self._ensure_header()
-        sections = self._sections()
-        header = (self.folder / "header.md").read_text(encoding="utf-8")
-        texts = [path.read_text(encoding="utf-8") for path in sections.values()]
-        path = self.folder / "report.md"
-        report = header + "\n".join(texts) + "\n" + self._summary(header, sections)
-        write_atomic(path, report)
-        if copy_to is not None:
-            for name in ["report.md", *re.findall(r"!\[[^\]]*\]\(([^()/\\]+)\)", report)]:
-                if (self.folder / name).is_file():
-                    with atomic_path(Path(copy_to) / name) as temporary:
-                        temporary.write_bytes((self.folder / name).read_bytes())
-        expected = [name for name in REPORT_SECTIONS if name not in REPORT_RL_SECTIONS]
-        missing = [name for name in expected if section_slug(name) not in sections]
-        print0(f"report: {path}" + (f" (not run: {', '.join(missing)})" if missing else ""))
-        return str(path)
-
-    def _ensure_header(self) -> None:
-        if not (self.folder / "header.md").exists():
-            write_atomic(self.folder / "header.md", report_header())
-
-    def _sections(self) -> dict[str, Path]:
+    def sections(self) -> dict[str, Path]:
         """{slug: path} of the sections that are there, in order. The first two lines make a file one, not its name."""
         found = {}
         for path in sorted(self.folder.glob("*.md")):
@@ -241,46 +273,30 @@ class Report:
         order = [section_slug(name) for name in REPORT_SECTIONS]
         return {slug: found[slug] for slug in [*order, *found] if slug in found}
 
-    def _summary(self, header: str, sections: dict[str, Path]) -> str:
-        lines = ["## Summary", ""]
-        bloat = re.search(r"^### Bloat\n((?:- .*\n)+)", header, re.MULTILINE)
-        lines += [bloat.group(1)] if bloat else []
-        lines += [*self._metric_table(), "", f"Total wall clock time: {wall_clock(header, sections)}", ""]
-        return "\n".join(lines)
+    def reset(self) -> None:
+        """Begin a new report: forget the sections and the metrics, write a fresh header, print the folder."""
+        others = (self.folder / name for name in ("report.md", "report.html", "metrics.json"))
+        for path in [*self.sections().values(), *others]:
+            path.unlink(missing_ok=True)
+        write_atomic(self.folder / "header.md", report_header())
+        print0(f"report: started afresh in {self.folder}")
 
-    def _metric_table(self) -> list[str]:
-        values = {}  # (row, column) -> number
-        for section, metrics in self.metrics().items():
-            for column, names in REPORT_COLUMNS.items():
-                if section_slug(section) in map(section_slug, names):
-                    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-                    values |= {(row, column): numbers[row] for row in REPORT_METRICS if row in numbers}
-        lines = [
-            "| Metric          | " + " | ".join(f"{column:8}" for column in REPORT_COLUMNS) + " |",
-            "|-----------------|" + "----------|" * len(REPORT_COLUMNS),
-        ]
-        for row in REPORT_METRICS:
-            cells = [values.get((row, column)) for column in REPORT_COLUMNS]
-            if any(cell is not None for cell in cells):
-                shown = ["-" if cell is None else f"{cell:.4f}" for cell in cells]
-                lines.append(f"| {row:15} | " + " | ".join(f"{cell:8}" for cell in shown) + " |")
-        return lines
+    def header(self) -> str:
+        """The text of `header.md`, written now if need be."""
+        self._ensure_header()
+        return (self.folder / "header.md").read_text(encoding="utf-8")
 
+    def _ensure_header(self) -> None:
+        if not (self.folder / "header.md").exists():
+            write_atomic(self.folder / "header.md", report_header())
 
-def wall_clock(header: str, sections: dict[str, Path]) -> str:
-    """From the start of the run to its last section, as "4h29m"; RL is another day's work and does not count."""
-    started = re.search(r"^Run started: (.+)$", header, re.MULTILINE)
-    skipped = set(map(section_slug, REPORT_RL_SECTIONS))
-    stamps = [
-        path.read_text(encoding="utf-8").split("\n", 2)[1].removeprefix("timestamp: ")
-        for slug, path in sections.items()
-        if slug not in skipped
-    ]
-    if not started or not stamps:
-        return "unknown"
-    began, ended = (time.mktime(time.strptime(stamp, REPORT_TIME)) for stamp in (started.group(1), max(stamps)))
-    minutes = int(ended - began) // 60
-    return f"{minutes // 60}h{minutes % 60}m" if minutes >= 0 else "unknown"
+    def _write_metrics(self, every: dict) -> None:
+        known = [*REPORT_SECTIONS[:4], *sorted(name for name in every if name.startswith("CORE")), *REPORT_SECTIONS[4:]]
+        names = [name for name in dict.fromkeys([*known, *every]) if name in every and name != "Provenance"]
+        ordered = {"schema": REPORT_SCHEMA} | {name: every[name] for name in names}
+        if "Provenance" in every:
+            ordered["Provenance"] = every["Provenance"]
+        write_atomic(self.folder / "metrics.json", json.dumps(ordered, indent=2, allow_nan=False) + "\n")
 
 
 # %% [markdown]
@@ -299,11 +315,14 @@ class SilentReport(Report):
     def add_metrics(self, section: str, metrics: dict) -> None:
         pass
 
+    def set_provenance(self, facts: dict) -> None:
+        pass
+
     def reset(self) -> None:
         pass
 
-    def generate(self, copy_to=None) -> str:
-        return ""
+    def _ensure_header(self) -> None:
+        pass
 
 
 def get_report() -> Report:

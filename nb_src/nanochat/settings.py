@@ -9,9 +9,12 @@
 import argparse
 import difflib
 import math
+import re
 import sys
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from nanochat.runtime import UserError
 
@@ -70,6 +73,7 @@ PARAMETER_TYPES = dict(
     sft_eval_every=int, sft_eval_tokens=int, simple_spelling_size=int, spelling_bee_size=int,
     chat_tasks=str, max_problems=int, base_max_problems=int, chat_batch_size=int, chat_max_new_tokens=int,
     chat_temperature=float, chat_num_samples=int, allow_weak_sandbox=bool, skip=str,
+    hub_repo=str, hub_public=bool, upload_checkpoint=bool, weights_license=str,
     model_tag=str, attention=str, torch_compile=bool, run=str, price_per_hour=float,
 )  # fmt: skip
 MAY_BE_ZERO = {"warmup_ratio", "warmdown_ratio", "final_lr_frac", "weight_decay", "adam_beta1", "adam_beta2",
@@ -79,7 +83,7 @@ MAY_BE_ZERO = {"warmup_ratio", "warmdown_ratio", "final_lr_frac", "weight_decay"
 FRACTIONS = {"warmup_ratio", "warmdown_ratio", "final_lr_frac", "adam_beta1", "adam_beta2", "sft_init_lr_frac",
              "sft_warmdown_ratio"}  # fmt: skip
 CHOICES = {"task_source": ("", "hub", "offline")}
-STAGES_TO_SKIP = ("core", "sft", "chat_eval")
+STAGES_TO_SKIP = ("core", "sft", "chat_eval", "export", "chat")
 CHAT_TASK_NAMES = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
 
 # %% [markdown]
@@ -108,11 +112,23 @@ def resolve_parameters(cell: dict, arguments: list[str] | None = None) -> dict:
             raise UserError(f"{name} is {value}; it is a fraction between 0 and 1.")
         if value not in CHOICES.get(name, (value,)):
             raise UserError(f"{name} is {value!r}; it can be {', '.join(filter(None, CHOICES[name]))} or empty.")
+    check_hub_names(filled["hub_repo"], filled["weights_license"])
     skipped_stages(filled["skip"])
     chosen_chat_tasks(filled["chat_tasks"])
     if not filled["task_source"]:
         filled["task_source"] = "offline" if filled["data_source"] == "offline" else "hub"
     return filled | {"preset": preset}
+
+
+def check_hub_names(hub_repo: str, weights_license: str) -> None:
+    """Raise UserError for what the hub would refuse at the end of the run."""
+    try:
+        if hub_repo:
+            validate_repo_id(hub_repo)
+    except HFValidationError as error:
+        raise UserError(f"hub_repo is {hub_repo!r}, which is no repository ({str(error).rstrip('.')}).") from None
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", weights_license):
+        raise UserError(f"weights_license is {weights_license!r}; the hub knows names such as mit or apache-2.0.")
 
 
 def skipped_stages(text: str) -> set[str]:

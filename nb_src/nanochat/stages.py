@@ -10,6 +10,8 @@
 import hashlib
 import json
 import math
+import re
+import sys
 import time
 from pathlib import Path
 
@@ -53,6 +55,25 @@ def fingerprint_of(inputs: dict) -> str:
     """sha256 (hex) of `inputs` as canonical JSON."""
     text = json.dumps(plain_json(inputs), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+# %% [markdown]
+# ### `source_fingerprint`
+# The code has a fingerprint too. A notebook gets it when it is built; a script reads it off the files it was loaded
+# from, and for the same sources both are the same.
+
+
+# %%
+def source_fingerprint(stamp: str) -> str:
+    """sha256 (hex) over the sources of the running program. stamp: what the build wrote, or still its placeholder."""
+    if re.fullmatch("[0-9a-f]{64}", stamp):
+        return stamp
+    loaded = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    files = {Path(name).resolve() for name in loaded if name}
+    folder = Path(sys.modules["__main__"].__file__).resolve().parent
+    chapters = [path for path in files if path.is_relative_to(folder) and path.name != "__init__.py"]
+    digests = {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in chapters}
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 # %% [markdown]

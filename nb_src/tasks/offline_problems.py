@@ -17,7 +17,7 @@ from functools import cache
 # GSM8K writes each step as `12+5 = <<12+5=17>>17`: what stands between the angle brackets becomes a call of the
 # calculator. The model never has to add; it has to say what is to be added.
 
-# %%
+# %% tags=["folded"]
 STORY_PEOPLE = tuple(
     (name, "she" if i < 20 else "he")
     for i, name in enumerate(
@@ -54,7 +54,7 @@ def two_people(rng: random.Random) -> tuple[str, str, str]:
 # three events, which gives most of the variety; the others each bring a situation of their own.
 
 
-# %%
+# %% tags=["folded"]
 def story_of_events(rng: random.Random):
     """Somebody has some things; one to three times some are added or taken away."""
     name, pronoun, friend = two_people(rng)
@@ -238,7 +238,7 @@ def story_of_tickets(rng: random.Random):
 # A third of the problems are chains of events; the other stories share the rest. No question comes twice, so a test
 # set cut from the end of the list has no question in common with the training set before it.
 
-# %%
+# %% tags=["folded"]
 STORIES = (
     story_of_shopping, story_of_comparison, story_of_difference, story_of_rows, story_of_reading, story_of_wages,
     story_of_sharing, story_of_ages, story_of_distance, story_of_fences, story_of_tickets,
@@ -261,7 +261,7 @@ def offline_word_problems(count: int) -> list[dict]:
 # members of a family, the test set has others, so a test can be passed by whoever understood the docstring and
 # cannot be passed by reciting.
 
-# %%
+# %% tags=["folded"]
 TAUGHT_NUMBERS = (2, 3, 4, 5, 6, 8, 9, 10, 11, 12, 15, 20, 25, 50, 100)
 TAUGHT_LETTERS = tuple("abcdfghijlmnopqrsuvwxyz")  # e, k and t are for the test
 TAUGHT_WORDS = ("cat", "dog", "sun", "hello", "blue", "yes", "tree", "book", "star", "home", "rain", "good")
@@ -338,7 +338,7 @@ def offline_function_lessons() -> list[tuple[str, str]]:
 # has room to show it. Expected results are written by hand, so a mistake in a solution cannot hide.
 
 
-# %%
+# %% tags=["folded"]
 @dataclass(frozen=True)
 class TestedFunction:
     """A function with its body (lines, indented by four spaces) and its cases: (call arguments, expected result)."""
@@ -427,7 +427,7 @@ def offline_function_tests() -> list[dict]:
 # Nobody tells a model who it is. It learns that from a couple of hundred conversations, and since it will repeat
 # whatever stands in them, they had better be true.
 
-# %%
+# %% tags=["folded"]
 # Questions that mean the same, and the answers that fit all of them.
 IDENTITY_TOPICS = (
     (("Who are you?", "What are you?", "Tell me about yourself.", "Please introduce yourself.", "Who am I talking to?",

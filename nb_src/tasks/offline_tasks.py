@@ -47,7 +47,7 @@ OFFLINE_TASK_RULES = 1  # raise it when a rule of this chapter changes: folders 
 # such as "This method is called when a connection has been closed." stand in many places; one that is in the training
 # text is no material for a test.
 
-# %%
+# %% tags=["folded"]
 MATERIAL_CHARACTERS = {"train": 20_000_000, "val": 3_000_000}
 PROSE_SENTENCE = re.compile(r"[A-Z][a-z]*[ ,][A-Za-z ,;:'-]+\.")
 DOCUMENTED_NAME = re.compile(r"[A-Za-z_][\w.]*")
@@ -135,7 +135,7 @@ def read_material(corpus: Corpus, split: str, known: OfflineMaterial | None = No
 # These questions need no text. Each kind has several wordings; the first one is kept for the test. A wrong answer
 # must be wrong beyond doubt, so no word stands in two of the lists below.
 
-# %%
+# %% tags=["folded"]
 WORD_CATEGORIES = {
     "an animal": "dog cat horse cow sheep goat mouse lion tiger bear wolf rabbit snake frog elephant monkey",
     "a color": "red blue green yellow black white brown gray purple pink",
@@ -279,7 +279,7 @@ def arithmetic_question(rng: random.Random, material: OfflineMaterial, fresh: bo
 # whoever knows which words are common would need no understanding.
 
 
-# %%
+# %% tags=["folded"]
 def words_of_like_frequency(rng: random.Random, ranked: list[str], word: str, excluded, count: int) -> list[str]:
     """`count` words that stand near `word` in a list ordered by frequency; none from `excluded`."""
     place = ranked.index(word)
@@ -331,7 +331,7 @@ def next_sentence_question(rng: random.Random, material: OfflineMaterial, fresh:
 # Easy questions can be answered by looking at the choices or at a short sentence; hard ones ask for some knowledge of
 # the language, or for arithmetic, and are mostly beyond a model of this size.
 
-# %%
+# %% tags=["folded"]
 EASY_QUESTIONS = {
     "categories": category_question, "patterns": pattern_question, "opposites": opposite_question,
     "word_recall": word_recall_question,
@@ -385,7 +385,7 @@ def offline_questions(
 # The bread and butter of the conversations: do something with these words. What comes out can be checked by eye, and
 # copying words from the question is the first thing a small model learns.
 
-# %%
+# %% tags=["folded"]
 # Wordings, the same as a second question about the same words, the reply.
 TEXT_REQUESTS = (
     (("Repeat after me: X", "Please repeat: X", "Say this again: X"), "Please repeat it.", " ".join),
@@ -438,7 +438,7 @@ def text_conversation(rng: random.Random, material: OfflineMaterial, fresh: bool
 # documentation has the second kind.
 
 
-# %%
+# %% tags=["folded"]
 def continuation_conversation(rng: random.Random, material: OfflineMaterial, fresh: bool) -> list[dict]:
     """The second half of a sentence, or the sentence after it."""
     if material.pairs and rng.random() < 0.3:
@@ -468,7 +468,7 @@ def documentation_conversation(rng: random.Random, material: OfflineMaterial, fr
 # A chat model is asked who it is, what things are, and what twelve and seven make. The facts are few and plain. They
 # are not there to teach the world, but to show what an answer looks like.
 
-# %%
+# %% tags=["folded"]
 PLAIN_FACTS = {
     "a prime number": "A prime number is a whole number above one that only one and itself divide.",
     "an even number": "An even number is a whole number that two divides without a rest.",
@@ -566,7 +566,7 @@ def function_conversation(rng: random.Random, material: OfflineMaterial, fresh: 
 # ### `offline_conversations`
 # The mixture. Nothing comes twice, and a test conversation never opens as a training conversation does.
 
-# %%
+# %% tags=["folded"]
 # What share of the conversations each kind has, in percent.
 CONVERSATION_SHARES = {
     text_conversation: 46, continuation_conversation: 13, documentation_conversation: 12, function_conversation: 11,
@@ -604,7 +604,7 @@ def offline_conversations(
 # written last. Columns and types are those of the originals, down to the key `train` under which one copy of the MMLU
 # training questions is nested.
 
-# %%
+# %% tags=["folded"]
 CONVERSATION_SCHEMA = pa.schema({
     "messages": pa.list_(pa.struct({"content": pa.string(), "role": pa.string()})), "source": pa.string()
 })  # fmt: skip
@@ -648,7 +648,7 @@ def arc_row(question: OfflineQuestion, index: int) -> dict:
 # The folder is built under another name and renamed when all of it is there, so whoever finds it finds it complete.
 
 
-# %%
+# %% tags=["folded"]
 def offline_folder_is_complete(folder: Path, fingerprint: str) -> bool:
     """Whether a finished build with these inputs lies there, with every file in its size."""
     try:
@@ -685,7 +685,7 @@ def prepare_offline_folder(name: str, inputs: dict, build) -> str:
 # ### `prepare_offline_tasks`
 # The one call that the pipeline makes. It takes a few seconds, most of them for drawing questions.
 
-# %%
+# %% tags=["folded"]
 # Examples of each split. A small corpus may not have enough text for all of them.
 OFFLINE_SIZES = {
     "smoltalk": {"train": 5000, "test": 400},

@@ -1,4 +1,5 @@
 import math
+import random
 import time
 from types import SimpleNamespace
 
@@ -7,7 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.engine import CALCULATOR_MAX_CHARS, Engine, KVCache, sample_next_token, use_calculator
+from nanochat.engine import (
+    CALCULATOR_MAX_CHARS,
+    DecodeBatch,
+    Engine,
+    KVCache,
+    PromptRow,
+    sample_next_token,
+    sample_rows,
+    use_calculator,
+)
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import UserError
 
@@ -201,7 +211,8 @@ def test_cache_rows_are_copied_with_their_own_lengths():
     source.set_lengths([2, 5, 3])
     with pytest.raises(ValueError, match="different numbers"):
         source.get_pos()
-    copy = source.copy_rows([2, 0, 0, 2], seq_len=4)
+    copy = KVCache(4, 2, 4, 4, 5, "cpu", torch.float32)
+    copy.write_rows(range(4), source, [2, 0, 0, 2])
     assert copy.cache_seqlens.tolist() == [3, 2, 2, 3] and copy.longest() == 3
     for row, (origin, length) in enumerate([(2, 3), (0, 2), (0, 2), (2, 3)]):
         assert torch.equal(copy.k_cache[:, row, :length], source.k_cache[:, origin, :length])
@@ -211,6 +222,19 @@ def test_cache_rows_are_copied_with_their_own_lengths():
     assert torch.equal(copy.v_cache[:, 1, :3], source.v_cache[:, 2, :3])
     with pytest.raises(ValueError, match="do not fit"):
         copy.write_rows([0], source, [1])
+
+
+def test_the_first_rows_of_a_cache_share_its_memory():
+    """What a step writes into a copy is lost at the next one."""
+    cache = KVCache(3, 2, 6, 4, 5, "cpu", torch.float32)
+    part = cache.first_rows(2)
+    part.set_lengths([4, 1])
+    part.advance(1)
+    part.get_layer_cache(3)[0][:] = 7
+    assert cache.cache_seqlens.tolist() == [5, 2, 0]
+    assert cache.k_cache[3, :2].eq(7).all() and cache.k_cache.sum() == 7 * 2 * 6 * 2 * 4
+    cache.write_rows([0], cache, [1])
+    assert cache.cache_seqlens.tolist() == [2, 2, 0]
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 9, 4, 5), (2, 2, 3, 4, 5), (1, 1, 3, 4, 5), (1, 2, 3, 8, 5), (1, 2, 3, 4, 6)])
@@ -239,6 +263,51 @@ def test_sampling_follows_the_distribution():
     assert frequencies(temperature=0.0).tolist() == frequencies(top_k=1).tolist() == [0, 0, 1, 0]
     with pytest.raises(AssertionError):
         sample_next_token(logits, rng, temperature=-0.1)
+
+
+def row_of(**changes):
+    return PromptRow(**{"prompt": [1], "max_tokens": 9} | changes)
+
+
+def test_rows_are_sampled_as_each_wants_it():
+    """A row that is drawn with its neighbour's temperature or top_k still gives plausible text."""
+    logits, n = torch.tensor([0.0, 1.0, 2.0, -1.0]), 8000
+    inf = math.inf
+    wanted = {  # temperature, top_k -> what is likely
+        (1.0, None): logits,
+        (1.0, 0): logits,
+        (2.0, 99): logits / 2,
+        (0.5, 2): torch.tensor([-inf, 1.0, 2.0, -inf]) / 0.5,
+        (0.7, 3): torch.tensor([0.0, 1.0, 2.0, -inf]) / 0.7,
+        (1.5, 1): torch.tensor([-inf, -inf, 0.0, -inf]),
+        (0.0, 50): torch.tensor([-inf, -inf, 0.0, -inf]),
+        (1e-300, 3): torch.tensor([-inf, -inf, 0.0, -inf]),
+    }
+    kinds = list(wanted)
+    rows = [row_of(temperature=kinds[i % 8][0], top_k=kinds[i % 8][1], seed=i) for i in range(8 * n)]
+    tokens = torch.tensor(sample_rows(logits.expand(len(rows), 4), rows)).view(n, 8)
+    for column, (kind, likely) in enumerate(wanted.items()):
+        frequencies = torch.bincount(tokens[:, column], minlength=4) / n
+        assert torch.allclose(frequencies, likely.softmax(0), atol=0.03), kind
+        assert (frequencies[likely == -inf] == 0).all(), kind
+
+
+def test_the_ends_of_the_dice():
+    """A number that rounds to 1 points behind the last token, and 0 at one that is impossible."""
+
+    class Dice:
+        def __init__(self, number):
+            self.random = lambda: number
+
+    logits = torch.tensor([[-1000.0, 3.0, 2.0, 1.0, -1000.0]])
+    for top_k in (None, 3):
+        row = row_of(temperature=1.0, top_k=top_k)
+        row.rng = Dice(0.0)
+        assert sample_rows(logits, [row]) == [1]
+    row = row_of(temperature=1.0, top_k=3)
+    row.rng = Dice(1 - 1e-12)
+    other = row_of(temperature=1.0, top_k=5)  # makes the table wider than row's own three
+    assert sample_rows(logits.expand(2, 5), [row, other])[0] == 3
 
 
 # The engine with a scripted model
@@ -429,6 +498,76 @@ def test_sampling_many_does_not_depend_on_the_batch():
     engine, prompts = Engine(small_gpt(), AsciiTokenizer()), random_prompts(6)
     one, many = (dict(engine.generate_many(prompts, 12, 1.0, top_k=20, batch_size=size)) for size in (1, 4))
     assert one == many != dict(engine.generate_many(prompts, 12, 1.0, top_k=20, seed=43))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_come_and_go_without_disturbing_one_another(seed):
+    """A row that moves into another's place with the wrong keys goes on with somebody else's text."""
+    model, chance = small_gpt(), random.Random(seed)
+    model.lm_head.weight.data[END] *= 2
+    engine, prompts = Engine(model, AsciiTokenizer()), random_prompts(20)
+    kinds = [(0.0, None), (1.0, 20), (0.7, None)]
+
+    def new_row(i):
+        temperature, top_k = kinds[i % 3]
+        tokens = 1 + i * 7 % 30
+        return row_of(prompt=prompts[i], max_tokens=tokens, temperature=temperature, top_k=top_k, seed=i, owner=i)
+
+    def written_alone(i):
+        batch, row = DecodeBatch(engine, 1, 70), new_row(i)
+        batch.admit([row])
+        while batch.rows:
+            batch.step()
+        return row.tokens
+
+    alone = [written_alone(i) for i in range(20)]
+    for i in range(0, 20, 3):  # the greedy ones
+        tokens, _ = engine.generate_batch(prompts[i], max_tokens=1 + i * 7 % 30, temperature=0)
+        assert tokens[0][len(prompts[i]) :] == alone[i]
+
+    batch, waiting, finished, removed = DecodeBatch(engine, 5, 70), list(range(20)), {}, set()
+    while waiting or batch.rows:
+        if waiting and batch.free and chance.random() < 0.5:
+            some = [waiting.pop() for _ in range(min(len(waiting), chance.randint(1, batch.free)))]
+            batch.admit([new_row(i) for i in some])
+        if batch.rows and chance.random() < 0.1:
+            row = chance.choice(batch.rows)
+            batch.remove(row)
+            removed.add(row.owner)
+            assert row.tokens == alone[row.owner][: len(row.tokens)]
+        held = {row.owner: len(row.tokens) for row in batch.rows}
+        stepped = batch.step()
+        assert [row.owner for row in stepped if not row.completed and len(row.tokens) != held[row.owner] + 1] == []
+        finished |= {row.owner: row.tokens for row in stepped if row.finished}
+        assert len(batch.rows) + batch.free == 5
+    assert finished.keys() | removed == set(range(20)) and not finished.keys() & removed
+    assert all(tokens == alone[i] for i, tokens in finished.items()) and len(finished) > 10
+
+
+def test_a_batch_takes_only_what_it_has_room_for():
+    """A text that is longer than its cache would lose its last tokens, or write over another's."""
+    batch = DecodeBatch(Engine(small_gpt(), AsciiTokenizer()), 2, 10)
+    assert batch.step() == []
+    with pytest.raises(ValueError, match="1 texts of up to 11 tokens do not fit into 2 rows of 10"):
+        batch.admit([row_of(prompt=[1, 2], max_tokens=9)])
+    batch.admit([row_of()])
+    with pytest.raises(ValueError, match="do not fit into 1 rows"):
+        batch.admit([row_of(), row_of()])
+
+
+def test_a_step_costs_what_the_rows_cost_that_are_there():
+    """One person who chats with a server of 32 places must not pay for 32."""
+    model = small_gpt()
+    batch, sizes, head = DecodeBatch(Engine(model, TokenizerWithoutEnd()), 8, 20), [], model.head
+    model.head = lambda hidden: sizes.append(len(hidden)) or head(hidden)
+    rows = [row_of() for _ in range(6)]
+    batch.admit(rows)
+    batch.step()
+    for row in rows[:4]:
+        batch.remove(row)
+    batch.step()
+    batch.step()
+    assert sizes == [6, 2, 2]
 
 
 def test_many_prompts_use_the_calculator():

@@ -4,8 +4,20 @@ import re
 import subprocess
 
 import pytest
+from hypothesis import given, strategies
+from markdown_it import MarkdownIt
 
-from nanochat.report import REPORT_SECTIONS, Report, SilentReport, get_report, section_slug
+from nanochat.report import (
+    REPORT_SECTIONS,
+    Report,
+    SilentReport,
+    code_span,
+    fenced_text,
+    get_report,
+    plain_lines,
+    report_lines,
+    section_slug,
+)
 
 
 @pytest.fixture
@@ -30,37 +42,85 @@ def test_section_format(report):
     ]  # fmt: skip
 
 
-def test_every_section_is_collected_in_order_and_reset(report):
+def test_sections_come_in_order_and_are_reset(report):
     """The original lost its SFT section: it was written under one name and looked for under another."""
     for section in reversed(("Golf", *REPORT_SECTIONS)):
         report.log(section, [f"body of {section}"])
-    text = open(report.generate()).read()
-    positions = [text.index(f"## {section}\n") for section in (*REPORT_SECTIONS, "Golf")]
-    assert positions == sorted(positions) and text.index("## Summary") > positions[-1]
-    assert (report.folder / "sft.md").exists()
+    assert list(report.sections()) == [section_slug(name) for name in (*REPORT_SECTIONS, "Golf")]
+    assert report.sections()["sft"].read_text().endswith("\n\nbody of SFT\n")
     report.add_metrics("SFT", {"ChatCORE": 0.5})
+    for name in ("report.md", "report.html"):
+        (report.folder / name).write_text("of last time")
     report.reset()
     assert sorted(path.name for path in report.folder.iterdir()) == ["header.md"]
-    assert report.metrics() == {}
+    assert report.metrics() == {} and report.sections() == {}
 
 
 def test_files_of_others_survive_and_stay_out(report):
     """Resetting a report must not delete notes that a person keeps beside it."""
     report.log("SFT", ["x"])
     (report.folder / "notes.md").write_text("## my notes\nnot a section\n")
-    assert "my notes" not in open(report.generate()).read()
+    assert list(report.sections()) == ["sft"]
     report.reset()
     assert (report.folder / "notes.md").exists() and not (report.folder / "sft.md").exists()
 
 
 def test_header_appears_by_itself(report):
-    """The original needed a separate reset command first, or lost the environment and the wall clock."""
+    """The original needed a separate reset command first, or lost the environment."""
     report.log("SFT", ["x"])
-    text = open(report.generate()).read()
-    assert text.startswith("# nanochat training report\n")
+    text = (report.folder / "header.md").read_text()
+    assert text.startswith("# nanochat training report\n") and text == report.header()
     assert "### Hardware" in text and "- PyTorch: " in text and "Run started: " in text
-    assert "Total wall clock time: 0h0m" in text
     assert "### Git" not in text and "### Bloat" not in text
+
+
+HOSTILE = (
+    "![x](http://evil.example/x.png)",
+    "a `tick` and ``two``",
+    "`",
+    "``` ",
+    "<script>alert(1)</script>",
+    "| a | b |",
+    "_emphasis_ and *more*",
+    "[a link](http://evil.example)",
+    "&lt;b&gt; \\",
+    "one\n# heading\n```\nout\n````\n![x](x.png)\n</details>\n\n---\n| a |\n|---|\n",
+    "\r## heading\r",
+    "\x1b[31mred\x00",
+    "\n\n\n",
+    "    indented",
+)
+
+
+def spoken_by(markdown: str) -> str:
+    """All text in `markdown`, and a failure unless it is one list of plain items with code in them."""
+    tokens, words = MarkdownIt("commonmark").enable("table").parse(markdown), []
+    allowed = {"bullet_list_open", "bullet_list_close", "list_item_open", "list_item_close", "paragraph_open"}
+    for token in tokens:
+        assert token.type in allowed | {"paragraph_close", "inline", "fence"}, token
+        assert all(child.type in ("text", "code_inline") for child in token.children or ()), token
+        words += [child.content for child in token.children] if token.children else [token.content]
+    return "".join(words)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_of_a_model_stays_text(text):
+    """A sample with a heading, a table or a picture in it broke the page and could fetch from anywhere."""
+    markdown = "\n".join(report_lines({"sample": text, "next": 1}))
+    spoken = "".join(spoken_by(markdown).split())
+    wanted = "".join(text.replace("\x1b", "\ufffd").replace("\x00", "\ufffd").split())
+    assert spoken == f"sample:{wanted}next:1"
+
+
+@given(strategies.text(alphabet="`~![]()<>|#*_-\\\n\r\t .:1ax&$", max_size=40))
+def test_no_text_escapes_from_its_fence(text):
+    """A fence that its own text can close is none."""
+    tokens = MarkdownIt("commonmark").parse("\n".join([*fenced_text(text), "", "after"]))
+    assert [token.type for token in tokens] == ["fence", "paragraph_open", "inline", "paragraph_close"]
+    assert tokens[0].content.rstrip("\n") == plain_lines(text).rstrip("\n")
+    spans = MarkdownIt("commonmark").parse(f"before {code_span(text)} after")[1].children
+    assert [child.type for child in spans] == ["text", "code_inline", "text"]
+    assert " ".join(spans[1].content.split()) == " ".join(text.split())
 
 
 def test_git_and_bloat_inside_a_repository(report, tmp_path, monkeypatch):
@@ -75,26 +135,10 @@ def test_git_and_bloat_inside_a_repository(report, tmp_path, monkeypatch):
     for command in (["init", "-q"], ["add", "sub/a.py", "data.bin"], ["commit", "-q", "-m", "m" * 200]):
         subprocess.run([*git, *command], check=True)
     report.reset()
-    text = open(report.generate()).read()
+    text = report.header()
     assert re.search(r"- Commit: [0-9a-f]{7,} \(dirty\)", text)
     assert f"- Message: {'m' * 80}\n" in text
-    summary = text.split("## Summary")[1]
-    assert "- Characters: 12\n- Lines: 2\n- Files: 1\n- Tokens (approx): 3\n" in summary
-
-
-def test_metric_table_reads_numbers_not_text(report):
-    """A generated sample that happens to say "CORE: 99" must not become the result of the run."""
-    report.log("Base model evaluation", ["sample 1: the CORE: 99 of the ARC-Easy: 98", {"CORE metric": 0.1}])
-    report.add_metrics("Base model evaluation", {"CORE": 0.1251, "other": 7})
-    report.add_metrics("Chat evaluation sft", {"ARC-Easy": 0.338, "ChatCORE": 0.2144, "MMLU": None})
-    table = open(report.generate()).read().split("## Summary")[1].split("Total wall")[0].strip().split("\n")
-    assert table == [
-        "| Metric          | BASE     | SFT      | RL       |",
-        "|-----------------|----------|----------|----------|",
-        "| CORE            | 0.1251   | -        | -        |",
-        "| ARC-Easy        | -        | 0.3380   | -        |",
-        "| ChatCORE        | -        | 0.2144   | -        |",
-    ]
+    assert "- Characters: 12\n- Lines: 2\n- Files: 1\n- Tokens (approx): 3\n" in text
 
 
 def test_metrics_merge_and_are_json(report):
@@ -103,44 +147,44 @@ def test_metrics_merge_and_are_json(report):
     report.add_metrics("SFT", {"b": 3, "c": math.inf})
     report.add_metrics("Tokenizer training", {"time": 1.5})
     text = (report.folder / "metrics.json").read_text()
-    assert json.loads(text, parse_constant=pytest.fail) == report.metrics()
+    assert json.loads(text, parse_constant=pytest.fail) == {"schema": 1} | report.metrics()
     assert report.metrics() == {"SFT": {"a": 1, "b": 3, "c": None}, "Tokenizer training": {"time": 1.5}}
 
 
-def set_time(path, key, stamp):
-    path.write_text(re.sub(rf"^{key}: .*$", f"{key}: {stamp}", path.read_text(), flags=re.MULTILINE))
+def test_the_file_has_a_schema_and_an_order(report):
+    """A program that reads the file next year must be able to tell whether the names still mean the same."""
+    for section in ("Run", "Provenance", "SFT", "CORE openai-community-gpt2", "CORE", "Tokenizer training"):
+        report.add_metrics(section, {"a": 1})
+    names = list(json.loads((report.folder / "metrics.json").read_text()))
+    assert names == [
+        "schema", "Tokenizer training", "CORE", "CORE openai-community-gpt2", "SFT", "Run", "Provenance"
+    ]  # fmt: skip
+    assert json.loads((report.folder / "metrics.json").read_text())["schema"] == 1
+    assert "schema" not in report.metrics()
 
 
-def test_wall_clock_spans_the_run_without_rl(report):
-    """Time counted to the wrong section would report an RL run of next week as training time."""
-    for section in ("Base model training", "SFT", "Chat RL"):
-        report.log(section, ["x"])
-    set_time(report.folder / "header.md", "Run started", "2026-02-05 17:10:00")
-    set_time(report.folder / "base-model-training.md", "timestamp", "2026-02-05 19:00:00")
-    set_time(report.folder / "sft.md", "timestamp", "2026-02-06 03:25:59")
-    assert "Total wall clock time: 10h15m" in open(report.generate()).read()
-    set_time(report.folder / "header.md", "Run started", "2026-02-07 00:00:00")
-    assert "Total wall clock time: unknown" in open(report.generate()).read()
+def test_a_section_written_again_forgets_its_numbers(report):
+    """Two exams taken with a new model stood beside four of the old one, under one ChatCORE."""
+    report.add_metrics("SFT", {"a": 1})
+    report.log("Chat evaluation sft", ["x"])
+    report.add_metrics("Chat evaluation sft", {"MMLU": 0.25, "GSM8K": 0.5})
+    report.log("Chat evaluation sft", ["x"])
+    report.add_metrics("Chat evaluation sft", {"GSM8K": 1.0})
+    assert report.metrics() == {"SFT": {"a": 1}, "Chat evaluation sft": {"GSM8K": 1.0}}
 
 
-def test_the_working_directory_is_written_to_only_when_asked(report, tmp_path):
-    """A stray report.md overwrote a file of that name in whatever folder the run was started from."""
-    report.log("Base model training", ["![loss](loss.png) and ![far](sub/dir.png)"])
-    (report.folder / "loss.png").write_bytes(b"png")
-    before = sorted(tmp_path.iterdir())
-    path = report.generate()
-    assert sorted(tmp_path.iterdir()) == before and path == str(report.folder / "report.md")
-    report.generate(copy_to=tmp_path / "copy")
-    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == ["loss.png", "report.md"]
-
-
-def test_says_what_did_not_run(report, capsys):
-    """A report without its SFT section looks complete unless someone says so; RL is optional and not missed."""
-    report.log("Base model training", ["x"])
-    report.generate()
-    line = capsys.readouterr().out.strip().split("\n")[-1]
-    missing = "Tokenizer training, Tokenizer evaluation, Base model evaluation, CORE, SFT, Chat evaluation sft"
-    assert line.endswith(f"(not run: {missing})")
+def test_another_provenance_is_another_run(report):
+    """A second run in the same folder kept the start and the machine of the first, from days ago."""
+    report.log("Tokenizer training", ["x"])
+    header = report.folder / "header.md"
+    for facts in ({"parameters": {"depth": 4, "note": "old"}}, {"parameters": {"depth": 6}}):
+        header.write_text("of another day")
+        report.set_provenance(facts)
+        assert "Run started: " in header.read_text()
+        header.write_text("of this run")
+        report.set_provenance(facts)
+        assert header.read_text() == "of this run", "the same run goes on"
+        assert report.metrics()["Provenance"] == facts
 
 
 def test_other_ranks_read_but_do_not_write(report, tmp_path, monkeypatch):
@@ -153,7 +197,7 @@ def test_other_ranks_read_but_do_not_write(report, tmp_path, monkeypatch):
     silent.reset()
     silent.log("SFT", ["x"])
     silent.add_metrics("SFT", {"a": 2})
-    silent.generate()
+    silent.set_provenance({"parameters": {}})
     assert silent.metrics() == {"SFT": {"a": 1}}
     assert sorted(path.name for path in (tmp_path / "base" / "report").iterdir()) == ["metrics.json"]
 

@@ -100,6 +100,7 @@ def test_every_preset_is_complete_and_fits_together(preset):
     may_be_derived = {"train_shards", "num_iterations", "target_flops", "total_batch_size"}
     may_be_derived |= {"sample_every", "save_every", "sft_total_batch_size"}
     empty = {"base_dir", "device_type", "text_column", "model_tag", "run", "compare_model", "chat_tasks", "skip"}
+    empty |= {"hub_repo"}
     assert {name for name, value in params.items() if value in ("", -1)} <= may_be_derived | empty
     for name, kind in PARAMETER_TYPES.items():
         assert type(params[name]) is kind, name
@@ -233,8 +234,14 @@ def test_a_wrong_type_is_one_clear_sentence(changes, sentence):
         (dict(max_problems=-2), "max_problems is -2"),
         (dict(spelling_bee_size=0), "spelling_bee_size is 0"),
         (dict(task_source="disk"), "task_source is 'disk'; it can be hub, offline or empty"),
+        (dict(hub_repo="my model"), "hub_repo is 'my model', which is no repository"),
+        (dict(hub_repo="a/b/c"), "hub_repo is 'a/b/c', which is no repository"),
+        (dict(weights_license="MIT License"), "weights_license is 'MIT License'; the hub knows names such as mit"),
         (dict(chat_tasks="GSM8K|MLMU"), "chat_tasks has 'MLMU'; it can have ARC-Easy, "),
-        (dict(skip="core, pretrain"), "skip has 'pretrain'; stages that can be left out are core, sft, chat_eval"),
+        (
+            dict(skip="core, pretrain"),
+            "skip has 'pretrain'; stages that can be left out are core, sft, chat_eval, export, chat",
+        ),
     ],
 )
 def test_an_impossible_value_is_one_clear_sentence(changes, sentence):

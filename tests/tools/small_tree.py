@@ -31,6 +31,7 @@ from alpha.count import count
 
 # %%
 total = count(times) * factor
+source_hash = "{{source_hash}}"
 
 # %%
 from alpha.base import say

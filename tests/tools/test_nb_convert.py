@@ -2,6 +2,7 @@ import ast
 import io
 import json
 import random
+import re
 import subprocess
 import sys
 import sysconfig
@@ -56,7 +57,7 @@ def test_build_twice_gives_the_same_bytes(tree):
     assert tree.run("build") == (0, "nothing to do\n")
 
 
-def test_a_change_in_one_definition_changes_one_cell(tree):
+def test_a_change_in_one_definition_changes_one_cell_and_the_stamp(tree):
     """Cell ids that shift, so that one edit shows as a diff of the whole notebook."""
     tree.build()
     before = tree.notebook()
@@ -64,7 +65,10 @@ def test_a_change_in_one_definition_changes_one_cell(tree):
     tree.build()
     after = tree.notebook()
     assert ids(after) == ids(before)
-    assert [b["id"] for a, b in zip(after["cells"], before["cells"], strict=True) if a != b] == ["base-say"]
+    assert [b["id"] for a, b in zip(after["cells"], before["cells"], strict=True) if a != b] == [
+        "base-say",
+        "story-total",  # holds the stamp
+    ]
 
 
 def test_what_a_built_notebook_carries(tree):
@@ -93,6 +97,16 @@ def test_the_gpu_comes_from_the_header_of_the_spine(tree):
     assert tree.run("pull", tree.root / "notebooks/story.ipynb") == (0, "nothing to pull\n")
 
 
+def test_a_folded_cell_is_closed_and_still_pulled(tree):
+    """A page of HTML that a reader must scroll past, or one that hides so well that an edit in it is lost."""
+    tree.replace("nb_src/alpha/base.py", "# %%\nclass UserError", '# %% tags=["folded"]\nclass UserError')
+    tree.build()
+    cell = cell_of(tree.notebook(), "base-UserError")
+    assert cell["metadata"]["cellView"] == "form" and cell["metadata"]["jupyter"] == {"source_hidden": True}
+    assert tree.run("pull", tree.root / "notebooks/story.ipynb") == (0, "nothing to pull\n")
+    assert tree.run("check")[0] == 0
+
+
 def test_the_public_address_has_one_place(tree):
     """Badges and links that point at the old repository after it was moved."""
     link = "https://colab.research.google.com/github/{}/blob/{}/notebooks/story.ipynb"
@@ -108,6 +122,18 @@ def test_the_public_address_has_one_place(tree):
     assert "[the code](https://github.com/else-where/un.rolled)" in text
     assert tree.read("README.md") == f"[badge]({link.format('else-where/un.rolled', 'dev')})\n"
     assert tree.run("check")[0] == 0
+
+
+def test_the_stamp_is_of_all_sources_of_the_notebook(tree):
+    """A report that names code which did not run, or the same code by two names."""
+    tree.build()
+    one = re.search(r'source_hash = "([0-9a-f]{64})"', json.dumps(tree.notebook()).replace('\\"', '"'))[1]
+    assert one == nb_convert.source_stamp(nb_convert.read_project(tree.root), "story")
+    flat = tree.root / "flat.py"
+    assert tree.run("script", "story", "-o", flat)[0] == 0 and f'source_hash = "{one}"' in flat.read_text()
+    tree.write("nb_src/alpha/base.py", tree.read("nb_src/alpha/base.py") + "# more\n")
+    tree.build()
+    assert one not in json.dumps(tree.notebook())
 
 
 def test_cell_ids_are_valid_and_unique(empty):
