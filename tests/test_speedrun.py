@@ -9,10 +9,15 @@ import sys
 
 import nbformat
 import pytest
+import safetensors.torch
+import torch
 
 import nb_convert
-from helpers import REPOSITORY, python_environment, small_corpus
+from helpers import REPOSITORY, english_documents, python_environment, small_corpus
+from nanochat.checkpoint_manager import load_model
+from nanochat.runtime import UserError
 from nanochat.settings import CHAT_TASK_NAMES
+from nanochat.tokenizer import RustBPETokenizer
 
 SPINE = REPOSITORY / "nb_src" / "nanochat_speedrun.py"
 NOTEBOOK = REPOSITORY / "notebooks" / "nanochat_speedrun.ipynb"
@@ -104,27 +109,31 @@ def test_the_file_alone_runs_to_the_end(executed):
     assert set(CHAT_TASK_NAMES) - set(metrics["Chat evaluation sft"]) <= {"HumanEval"}  # where nothing confines it
 
 
-def test_what_was_exported_says_the_same(executed, monkeypatch):
+LOGITS_OF_THE_EXPORT = """
+import sys, safetensors.torch, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+asked = [{"role": "user", "content": "Why is the sky <|bos|> blue?"}]
+ids = torch.tensor([tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.float32)
+with torch.no_grad():
+    safetensors.torch.save_file({"ids": ids, "logits": model(ids).logits}, sys.argv[2])
+"""
+
+
+def test_what_was_exported_says_the_same(executed, tmp_path, monkeypatch):
     """A folder for transformers that loads and is another model."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from nanochat.checkpoint_manager import load_model
-
+    folder, result = executed / "base" / "export" / "d2", tmp_path / "result.safetensors"
+    environment = python_environment(HF_HOME=tmp_path, HF_HUB_OFFLINE=1, OMP_NUM_THREADS=1) | {"PYTHONPATH": ""}
+    subprocess.run([sys.executable, "-c", LOGITS_OF_THE_EXPORT, folder, result], env=environment, check=True)
+    theirs = safetensors.torch.load_file(result)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(executed / "base"))
     monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
-    monkeypatch.setenv("HF_HOME", str(executed / "hf"))
-    folder = executed / "base" / "export" / "d2"
-    theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-    ours, tokenizer, _ = load_model("sft", torch.device("cpu"), "train", model_tag="d2")
-    prompt = [{"role": "user", "content": "Why is the sky <|bos|> blue?"}]
-    ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=True).apply_chat_template(
-        prompt, add_generation_prompt=True, return_dict=False
-    )
-    assert ids == tokenizer.render_for_completion({"messages": [*prompt, {"role": "assistant", "content": ""}]})
+    model, tokenizer, _ = load_model("sft", torch.device("cpu"), "train", model_tag="d2")
+    asked = [{"role": "user", "content": "Why is the sky <|bos|> blue?"}, {"role": "assistant", "content": ""}]
+    assert theirs["ids"].tolist() == [tokenizer.render_for_completion({"messages": asked})]
     with torch.no_grad():
-        logits = theirs(torch.tensor([ids])).logits - ours(torch.tensor([ids]))
-    assert logits.abs().max() < 1e-4
+        assert (theirs["logits"] - model(theirs["ids"])).abs().max() < 1e-4
 
 
 def test_again_skips_and_depth_redoes_what_depends_on_it(executed, text_folder):
@@ -253,13 +262,6 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, text_folder):
 
 def test_a_tokenizer_that_does_not_fit_is_refused(executed, tmp_path, monkeypatch):
     """Prevents a model from being fed another tokenizer's numbers, which fails silently."""
-    import torch
-
-    from helpers import english_documents
-    from nanochat.checkpoint_manager import load_model
-    from nanochat.runtime import UserError
-    from nanochat.tokenizer import RustBPETokenizer
-
     shutil.copytree(executed / "base" / "base_checkpoints", tmp_path / "base_checkpoints")
     RustBPETokenizer.train_from_iterator(iter(english_documents()[:60]), 512).save(tmp_path / "tokenizer")
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
