@@ -825,7 +825,7 @@ if chat_source == "sft" and rank == 0:
 from nanochat.report_page import generate_report
 
 # %%
-generate_report(report)
+report_file = generate_report(report)
 
 # %% [markdown]
 # # ▶ Export

@@ -705,5 +705,5 @@ def generate_report(report: Report, copy_to=None) -> str:
                 with atomic_path(Path(copy_to) / name) as temporary:
                     temporary.write_bytes((report.folder / name).read_bytes())
     missing = [name for name in REPORT_SECTIONS if name not in REPORT_RL_SECTIONS and name not in shown]
-    print0(f"report: {path}" + (f" (not run: {', '.join(missing)})" if missing else ""))
+    print0(f"report: {path.with_suffix('.html')}" + (f" (not run: {', '.join(missing)})" if missing else ""))
     return str(path)

@@ -138,7 +138,7 @@ def test_a_page_comes_from_whichever_stages_ran(report, stages, real, capsys):
     assert [tag for tag, _ in Elements(page).found].count("details") == len(ran) + 1  # and the parameters
     missing = [name for name in REPORT_SECTIONS[:-2] if f"## {name}" not in ran]
     line = capsys.readouterr().out.strip().split("\n")[-1]
-    assert line.endswith(f"(not run: {', '.join(missing)})" if missing else "report.md")
+    assert line.endswith(f"(not run: {', '.join(missing)})" if missing else "report.html")
 
 
 def test_a_page_without_provenance_or_metrics(report):
