@@ -26,18 +26,11 @@ from nanochat.runtime import autodetect_device_type, choose_compute_dtype, compu
 from tasks.offline_problems import offline_word_problems
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--max_new_tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
-    arguments = parser.parse_args()
+def random_model(dtype_name: str):
+    """A model of the cpu preset's shape that has learned nothing, as `load_model` gives it, and its tokenizer."""
     device = compute_init(autodetect_device_type())[-1]
-    dtype = choose_compute_dtype(device.type)[0] if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    dtype = choose_compute_dtype(device.type)[0] if dtype_name == "auto" else getattr(torch, dtype_name)
     flash_attn.select(device.type, dtype)
-
     tokenizer = small_tokenizer(4096)
     config = GPTConfig(
         sequence_len=512, vocab_size=tokenizer.get_vocab_size(), n_layer=4, n_head=4, n_kv_head=4, n_embd=256,
@@ -48,7 +41,18 @@ def main():
     for parameter in model.parameters():
         if parameter.dim() == 2:  # with the starting weights every next token would be the same
             parameter.data.normal_(std=0.05)
-    model.eval().to(dtype)  # as `load_model` does for evaluation
+    return model.eval().to(dtype), tokenizer
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    arguments = parser.parse_args()
+    model, tokenizer = random_model(arguments.dtype)
     engine = Engine(model, tokenizer)
     problems = [
         {"messages": [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": ""}]}
@@ -56,7 +60,10 @@ def main():
     ]
     prompts = [tokenizer.render_for_completion(problem) for problem in problems]
     lengths = sorted(map(len, prompts))
-    print(f"{device_name_of(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}")
+    print(
+        f"{device_name_of(model.get_device())}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{model.compute_dtype}"
+    )
     print(f"{len(prompts)} prompts of {lengths[0]} to {lengths[-1]} tokens (median {lengths[len(lengths) // 2]})")
 
     def speed(chosen, batch_size):

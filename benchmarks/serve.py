@@ -63,36 +63,15 @@ def clients(port: int, token: str, streams: int, options: dict) -> None:
         print(json.dumps({"tokens": sum(n for n, _ in results), "seconds": seconds, "first": first}), flush=True)
 
 
-def random_model(dtype_name: str):
-    """A model of the cpu preset's shape that has learned nothing, its tokenizer, and a sentence about it."""
+def talkative_model(dtype_name: str):
+    """A random model that never ends an answer by itself, and its tokenizer."""
     import torch
+    from chat_eval import random_model
 
-    from helpers import small_tokenizer
-    from nanochat.attention import flash_attn
-    from nanochat.gpt import GPT, GPTConfig
-    from nanochat.runtime import autodetect_device_type, choose_compute_dtype, compute_init
-
-    device = compute_init(autodetect_device_type())[-1]
-    dtype = choose_compute_dtype(device.type)[0] if dtype_name == "auto" else getattr(torch, dtype_name)
-    flash_attn.select(device.type, dtype)
-    tokenizer = small_tokenizer(4096)
-    config = GPTConfig(
-        sequence_len=512, vocab_size=tokenizer.get_vocab_size(), n_layer=4, n_head=4, n_kv_head=4, n_embd=256,
-        window_pattern="L",
-    )  # fmt: skip
-    model = GPT(config, compute_dtype=dtype).to(device)
-    model.init_weights()
-    for parameter in model.parameters():
-        if parameter.dim() == 2:  # with the starting weights every next token would be the same
-            parameter.data.normal_(std=0.05)
-    special = torch.tensor(sorted(tokenizer.special_ids.values()), device=device)
-    head = model.head
-
-    def head_without_special_tokens(hidden):
-        return head(hidden).index_fill(-1, special, -1e4)  # no answer ends early
-
-    model.head = head_without_special_tokens
-    return model.eval().to(dtype), tokenizer
+    model, tokenizer = random_model(dtype_name)
+    special, head = torch.tensor(sorted(tokenizer.special_ids.values()), device=model.get_device()), model.head
+    model.head = lambda hidden: head(hidden).index_fill(-1, special, -1e4)
+    return model, tokenizer
 
 
 def trained_model(base_dir: str, dtype_name: str):
@@ -130,7 +109,7 @@ def main():
     if arguments.base_dir:
         model, tokenizer = trained_model(arguments.base_dir, arguments.dtype)
     else:
-        model, tokenizer = random_model(arguments.dtype)
+        model, tokenizer = talkative_model(arguments.dtype)
     import torch
 
     print(

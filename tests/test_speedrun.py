@@ -219,7 +219,7 @@ def test_two_processes_train_the_same_model(tmp_path, text_folder):
         (dict(sft_total_batch_size=300), "sft_total_batch_size 300 is not a multiple of 4 sequences"),
         (dict(chat_tasks="GSM8K|MLMU"), "chat_tasks has 'MLMU'; it can have ARC-Easy, "),
         (dict(skip="core,pretrain"), "skip has 'pretrain'; stages that can be left out are core, sft, chat_eval, "),
-        (dict(hub_repo="my model"), "hub_repo is 'my model', which is no repository"),
+        (dict(hub_repo="my model"), "hub_repo is 'my model', which is no name for a repository"),
         (dict(task_source="disk"), "task_source is 'disk'; it can be hub, offline or empty."),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value.items())).__repr__(),

@@ -120,13 +120,16 @@ def resolve_parameters(cell: dict, arguments: list[str] | None = None) -> dict:
     return filled | {"preset": preset}
 
 
-def check_hub_names(hub_repo: str, weights_license: str) -> None:
+def check_hub_names(hub_repo: str, weights_license: str = "mit") -> None:
     """Raise UserError for what the hub would refuse at the end of the run."""
     try:
         if hub_repo:
             validate_repo_id(hub_repo)
     except HFValidationError as error:
-        raise UserError(f"hub_repo is {hub_repo!r}, which is no repository ({str(error).rstrip('.')}).") from None
+        reason = str(error).rstrip(".")
+        raise UserError(
+            f"hub_repo is {hub_repo!r}, which is no name for a repository ({reason}). Use name or user/name."
+        ) from None
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", weights_license):
         raise UserError(f"weights_license is {weights_license!r}; the hub knows names such as mit or apache-2.0.")
 

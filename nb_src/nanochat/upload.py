@@ -21,8 +21,7 @@ from pathlib import Path
 
 import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 
 from nanochat.checkpoint_manager import checkpoint_path, find_last_step
@@ -30,6 +29,7 @@ from nanochat.dataset import HUB_SHARDS, hub_endpoint
 from nanochat.plots import show_table
 from nanochat.report import fenced_text
 from nanochat.runtime import UserError, get_base_dir, get_dist_info, print0
+from nanochat.settings import check_hub_names
 from nanochat.stages import read_stage
 from nanochat.tracking import read_secret
 
@@ -484,8 +484,7 @@ def plan_upload(
     the base directory, for report, tokenizer and the stages' records. Reads the disk alone, no network. Raises
     UserError when something is missing or not what it should be.
     """
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", weights_license):
-        raise UserError(f"weights_license is {weights_license!r}; the hub knows names such as mit or apache-2.0.")
+    check_hub_names("", weights_license)
     base, export = Path(base_dir or get_base_dir()), Path(export_dir)
     files = export_upload_files(export) + report_upload_files(base / "report")
     folders, checkpoint = [export, base / "report"], ""
@@ -737,12 +736,7 @@ def upload_to_hub(plan: UploadPlan, repo: str, token: str | None, private: bool 
     """
     if get_dist_info()[1] != 0:
         return None
-    if repo:
-        try:
-            validate_repo_id(repo)
-        except HFValidationError as error:
-            reason = str(error).rstrip(".")
-            raise UserError(f"{repo!r} is no name for a repository ({reason}). Use name or user/name.") from None
+    check_hub_names(repo)
     plan.show(repo)
     if not repo or not token:
         print0(

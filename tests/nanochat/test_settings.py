@@ -234,8 +234,8 @@ def test_a_wrong_type_is_one_clear_sentence(changes, sentence):
         (dict(max_problems=-2), "max_problems is -2"),
         (dict(spelling_bee_size=0), "spelling_bee_size is 0"),
         (dict(task_source="disk"), "task_source is 'disk'; it can be hub, offline or empty"),
-        (dict(hub_repo="my model"), "hub_repo is 'my model', which is no repository"),
-        (dict(hub_repo="a/b/c"), "hub_repo is 'a/b/c', which is no repository"),
+        (dict(hub_repo="my model"), "hub_repo is 'my model', which is no name for a repository"),
+        (dict(hub_repo="a/b/c"), "hub_repo is 'a/b/c', which is no name for a repository"),
         (dict(weights_license="MIT License"), "weights_license is 'MIT License'; the hub knows names such as mit"),
         (dict(chat_tasks="GSM8K|MLMU"), "chat_tasks has 'MLMU'; it can have ARC-Easy, "),
         (
