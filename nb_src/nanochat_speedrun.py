@@ -17,8 +17,9 @@
 # | ▶ Fine-tune | a model that answers, and uses a calculator | 50 min · 45 ¢ | 2.5 min |
 # | ▶ Chat evaluation | six exams, marked | 85 min · 77 ¢ | 30 s |
 # | ▶ Report | one page with all of it | seconds | seconds |
-# | ▶ Export, upload | a folder for `transformers`, a repository on the hub | minutes | seconds |
+# | ▶ Export | a folder for `transformers` | seconds | seconds |
 # | ▶ Chat | a page to talk to it, and a server for programs | | |
+# | ▶ Upload | a repository on the hub, if you want one | minutes | |
 #
 # The A100 column is the original run that the `a100` preset repeats value for value, at $0.54 an hour; its exams were
 # taken one question at a time, here they are batched, and nobody has timed that on a GPU yet. The CPU column is the
@@ -724,7 +725,7 @@ for source, results in marks.items():
     limits = [n for n in (params["max_problems"], params["base_max_problems"] if source == "base" else 0) if n]
     if "chat_eval" in skipped or (source == "base" and not params["base_max_problems"]):
         continue
-    if not checkpoint_folder(source, model_tag_used).exists():
+    if source == "sft" and not fine_tuning:
         print0("There is no fine-tuned model to evaluate.")
         continue
     model, _, meta = load_model(source, device, "eval", model_tag=model_tag_used)
@@ -808,7 +809,7 @@ if rank == 0:
 from nanochat.chat_terminal import sample_answers
 
 # %%
-chat_source = "sft" if checkpoint_folder("sft", model_tag_used).exists() else "base"
+chat_source = "sft" if fine_tuning else "base"
 chat_model, _, chat_meta = load_model(chat_source, device, "eval", model_tag=model_tag_used)
 if chat_source == "sft" and rank == 0:
     started = time.time()
@@ -850,24 +851,8 @@ else:
     finish_stage("export", export_inputs, {}, export_files(export_dir))
 
 # %% [markdown]
-# # ▶ Upload
-# Export and report can go to the Hugging Face hub, as one repository with a model card. This shows what would go. It
-# goes when `hub_repo` names the repository and there is an access token: in Colab's secrets or the environment as
-# `HF_TOKEN`, or from `hf auth login`. Optimizer state and training data never leave.
-
-# %%
-from nanochat.upload import find_hub_token, plan_upload, upload_to_hub
-
-# %%
-if "export" not in skipped and rank == 0:
-    trained_in = checkpoint_folder(chat_source, model_tag_used) if params["upload_checkpoint"] else None
-    upload_plan = plan_upload(export_dir, chat_source, trained_in, params["data_source"], params["weights_license"])
-    token = find_hub_token() if params["hub_repo"] else None
-    upload_to_hub(upload_plan, params["hub_repo"], token, private=not params["hub_public"])
-
-# %% [markdown]
 # # ▶ Chat
-# A server on this machine that programs written for OpenAI's can talk to, and a page for people, here below. It runs as
+# A page to talk to the model, here below, and beside it a server for programs that know OpenAI's protocol. It runs as
 # long as this notebook's kernel.
 
 # %%
@@ -882,10 +867,31 @@ elif chat_source != "sft":
 elif command_line() is not None:
     print0("chat: a script does not wait for visitors; start tools/chat.py, or open the notebook.")
 else:
-    if earlier := globals().get("chat_server"):  # of an earlier run of this cell
+    port, token = 0, ""  # any that is free, and a new one
+    if earlier := globals().get("chat_server"):  # of an earlier run of this cell: pages that are open stay good
         earlier.stop()
-    chat_server = ChatServer(chat_model, tokenizer, CHAT_PAGE, f"nanochat-{model_tag_used}").start()
+        port, token = earlier.port, earlier.token
+    name = f"nanochat-{model_tag_used}"
+    chat_server = ChatServer(chat_model, tokenizer, CHAT_PAGE, name, port=port, token=token).start()
     show_chat(chat_server.port, chat_server.token)
+
+# %% [markdown]
+# # ▶ Upload
+# Export and report can go to the Hugging Face hub, as one repository with a model card. This shows what would go. It
+# goes when `hub_repo` names the repository and there is an access token: in Colab's secrets or the environment as
+# `HF_TOKEN`, or from `hf auth login`. Optimizer state and training data never leave.
+
+# %%
+from nanochat.upload import find_hub_token, plan_upload, upload_to_hub
+
+# %%
+if "export" in skipped:
+    print0("upload: left out, because the export was")
+elif rank == 0:
+    trained_in = checkpoint_folder(chat_source, model_tag_used) if params["upload_checkpoint"] else None
+    upload_plan = plan_upload(export_dir, chat_source, trained_in, params["data_source"], params["weights_license"])
+    token = find_hub_token() if params["hub_repo"] else None
+    upload_to_hub(upload_plan, params["hub_repo"], token, private=not params["hub_public"])
 
 # %%
 compute_cleanup()

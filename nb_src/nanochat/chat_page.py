@@ -268,7 +268,8 @@ function recall(area, name, fallback) {
   try { return JSON.parse(window[area].getItem(MEMORY + name)) ?? fallback; } catch { return fallback; }
 }
 function remember(area, name, value) {
-  try { window[area].setItem(MEMORY + name, JSON.stringify(value)); } catch { /* storage is blocked or full */ }
+  try { window[area].setItem(MEMORY + name, JSON.stringify(value)); } catch { return false; }  // blocked or full
+  return true;
 }
 
 let token = recall("sessionStorage", "token", "");
@@ -436,8 +437,13 @@ function patch(host, blocks) {
 
 # %% tags=["folded"]
 CHAT_SCRIPT_CONVERSATION = r"""
-let messages = recall("localStorage", "messages", []);
-if (!Array.isArray(messages)) messages = [];
+function keptMessages() {
+  const kept = recall("localStorage", "messages", []);
+  const whole = (one) => one?.role === "user" ? typeof one.text === "string" : Array.isArray(one?.parts);
+  return Array.isArray(kept) ? kept.filter(whole) : [];
+}
+let messages = keptMessages();
+let unkept = false;  // the storage is blocked or full
 let running = null;  // {controller, message} while an answer is being written
 let replaced = null;  // the messages before the last edit, new answer or new chat
 let follows = true;  // the reader is at the bottom and wants to stay there
@@ -445,11 +451,12 @@ const nodes = new WeakMap();
 for (const message of messages) if (message.state === "writing") message.state = "stopped";
 
 let lastKept = 0;
-function keep() { lastKept = Date.now(); remember("localStorage", "messages", messages); }
+function keep() { lastKept = Date.now(); unkept = !remember("localStorage", "messages", messages); }
 
 function requestMessages(list) {
   const out = [];
-  for (const message of list) {
+  // A question that was refused, and the refusal, would only get the next one refused as well.
+  for (const message of list.filter((one, i) => !one.refused && !list[i + 1]?.refused)) {
     if (message.role === "user") {  // two in a row stand where an answer failed
       if (out.at(-1)?.role === "user") out.at(-1).content += "\n\n" + message.text;
       else out.push({role: "user", content: message.text});
@@ -498,6 +505,7 @@ async function writeAnswer() {
     message.state = "done";
   } catch (error) {
     message.state = controller.signal.aborted ? "stopped" : "error";
+    message.refused = error.status === 400;
     if (!controller.signal.aborted) {
       message.error = error.status || error.told || error.constructor === Error ? error.message
         : "The connection broke off before the answer was complete.";
@@ -522,8 +530,7 @@ function takeChunk(message, chunk, dropped) {
     if (last?.text !== undefined) last.text += content;
     else message.parts.push({text: content});
   }
-  if (calculator) {
-    const {expression, result} = calculator;
+  for (const {expression, result} of calculator ?? []) {
     message.parts.push({expression: String(expression), result: result == null ? null : String(result)});
   }
   if (choice.finish_reason) message.finish = choice.finish_reason;
@@ -621,6 +628,7 @@ function drawMessage(message) {
       const empty = !message.parts.length;
       if (message.leftOut === 1) note("The first message no longer fit and was left out.");
       else if (message.leftOut) note(`The first ${message.leftOut} messages no longer fit and were left out.`);
+      if (unkept) note("This browser does not keep the conversation: when the page is reloaded, it is gone.");
       if (message.finish === "length") note("The answer reached its longest length; Settings allow a longer one.");
       if (message.state === "stopped") note(empty ? "Stopped before the first word." : "Stopped.");
       if (message.state === "done" && empty) note("The model had nothing to say.");
@@ -751,7 +759,13 @@ scroller.onscroll = () => {
 };
 $("down").onclick = () => { follows = true; stayAtBottom(); };
 new ResizeObserver(stayAtBottom).observe(scroller);
-addEventListener("pagehide", () => { keep(); stop(); });
+addEventListener("pagehide", () => { if (running) keep(); stop(); });
+addEventListener("storage", (event) => {  // another tab goes on with this conversation
+  if (event.key !== MEMORY + "messages" || running) return;
+  messages = keptMessages();
+  replaced = null;
+  drawList();
+});
 document.addEventListener("visibilitychange", () => { if (!document.hidden) showHealth(); });
 
 takeToken();

@@ -25,6 +25,7 @@ from collections import deque
 from contextlib import asynccontextmanager
 from typing import Annotated, Literal
 
+import torch
 import uvicorn
 from fastapi import FastAPI, Request, Security
 from fastapi.exceptions import HTTPException, RequestValidationError
@@ -127,14 +128,21 @@ class ChatWorker:
             self.failure = self.failure or "The server is shutting down."
             self.changed.notify()
         self.thread.join()
+        self.batch = None  # the framework remembers every endpoint, and with it this worker; not model and cache too
 
     def work(self) -> None:
         """The thread: let go of rows that nobody wants, take in new ones, one step for all."""
         try:
             while self.wait_for_work():
-                if jobs := self.next_jobs():
-                    self.batch.admit([job.row for job in jobs])
-                self.deliver(self.batch.step())
+                try:
+                    if jobs := self.next_jobs():
+                        self.batch.admit([job.row for job in jobs])
+                    self.deliver(self.batch.step())
+                except torch.OutOfMemoryError:  # of a GPU that a notebook shares with this server: it passes
+                    lost, self.active, self.batch.places = self.active, [], []
+                    torch.cuda.empty_cache()
+                    sentence = "The device has no memory left for this answer. Try again."
+                    self.post({job: [ChatError(503, sentence)] for job in lost})
         except Exception as error:
             logging.getLogger("nanochat").exception("The model failed.")
             self.failure = f"The model failed ({type(error).__name__}: {error}). Restart the server."
@@ -231,18 +239,20 @@ class CalculatorCall(ChatInput):
     expression: ChatText
     result: ChatText | None
     position: Annotated[WholeNumber, Field(ge=0)]
+    index: WholeNumber | None = None  # in a stream: clients join the pieces of a list by it
 
 
 class ChatMessage(ChatInput):
     """One message. An answer of this server can be sent back as it came, with its calculator calls."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]  # developer is the newer name of system
     content: Annotated[
         Annotated[ChatText, Tag("(text)")] | Annotated[list[ChatPart], Tag("(list)")], Discriminator(text_or_list)
     ]
     calculator: list[CalculatorCall] | None = None
     name: str | None = None
     refusal: None = None
+    parsed: None = None
     audio: None = None
     function_call: None = None
     tool_calls: Nothing = None
@@ -255,7 +265,7 @@ class ChatMessage(ChatInput):
             raise ValueError(f"only the assistant calls the calculator, and this is a message of the {self.role}")
         if self.calculator and parts:
             raise ValueError("give the calls as parts of the content or as calculator, not both")
-        if self.role != "assistant" and not self.length():
+        if self.role == "user" and not self.length():
             raise ValueError("the message is empty")
         if self.role != "assistant" and self.length() > CHAT_MESSAGE_CHARS:  # answers may be longer than questions
             raise ValueError(f"the message has {self.length()} characters; {CHAT_MESSAGE_CHARS} are allowed")
@@ -276,7 +286,28 @@ class ChatMessage(ChatInput):
         elif self.calculator:
             calls = sorted(self.calculator, key=lambda call: call.position)
             content = answer_parts(content, [call.model_dump() for call in calls])
-        return {"role": self.role, "content": content}
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+def joined_conversation(messages: list[ChatMessage]) -> list[dict]:
+    """The messages as the model knows conversations: instructions first and in one, neighbours of one role joined."""
+
+    def parts_of(content: str | list[dict]) -> list[dict]:
+        return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+    plain = [message.plain() for message in messages]
+    instructions = [message["content"] for message in plain if message["role"] == "system" and message["content"]]
+    turns = []
+    for message in plain:
+        if message["role"] == "system":
+            continue
+        if not turns or turns[-1]["role"] != message["role"]:
+            turns.append(message)
+        elif message["role"] == "user":
+            turns[-1]["content"] += "\n\n" + message["content"]
+        else:
+            turns[-1]["content"] = [*parts_of(turns[-1]["content"]), *parts_of("\n\n"), *parts_of(message["content"])]
+    return [{"role": "system", "content": "\n\n".join(instructions)}] * bool(instructions) + turns
 
 
 class ChatStreamOptions(ChatInput):
@@ -314,7 +345,12 @@ class ChatRequest(ChatInput):
     metadata: dict[str, str] | None = None
     parallel_tool_calls: bool | None = None
     service_tier: Literal["auto", "default"] | None = None
-    # Only with the value that changes nothing.
+    # Only with the value that changes nothing; some clients send all they know as null.
+    reasoning_effort: None = None
+    verbosity: None = None
+    audio: None = None
+    prediction: None = None
+    web_search_options: None = None
     n: Annotated[WholeNumber, Field(ge=1, le=1)] | None = None
     top_p: Annotated[float, Field(ge=1, le=1)] | None = None
     frequency_penalty: Zero = None
@@ -453,7 +489,7 @@ class ChatReply:
         self.worker, self.body = worker, body
         wanted = body.max_tokens or body.max_completion_tokens or 512
         try:
-            messages = [message.plain() for message in body.messages]
+            messages = joined_conversation(body.messages)
             prompt, self.left_out = fit_conversation(worker.tokenizer, messages, worker.context, wanted)
         except UserError as error:
             raise ChatError(400, str(error), "messages", "context_length_exceeded") from None
@@ -537,10 +573,12 @@ class ChatReply:
             choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
             return self.event({**self.head, "object": "chat.completion.chunk", "choices": [choice], **more})
 
+        n_calls = itertools.count()
         yield chunk({"role": "assistant", "content": ""}, left_out_messages=self.left_out)
         try:
             async for event in self.events():
-                yield chunk({"content": event} if isinstance(event, str) else {"calculator": event})
+                is_text = isinstance(event, str)
+                yield chunk({"content": event} if is_text else {"calculator": [{"index": next(n_calls)} | event]})
         except ChatError as error:
             yield self.event(error.plain())
             return
@@ -674,6 +712,13 @@ def create_chat_app(worker: ChatWorker, token: str, page_html: str) -> FastAPI:
     async def models():
         card = {"id": worker.name, "object": "model", "created": worker.created, "owned_by": "unrolled"}
         return JSONResponse({"object": "list", "data": [card | {"context_length": worker.context}]})
+
+    @app.get("/v1/models/{name}", response_model=ChatModelCard, dependencies=with_token)
+    async def model(name: str):
+        cards = json.loads((await models()).body)["data"]
+        if name != worker.name:
+            raise ChatError(404, f"There is no model {name!r:.80}; there is {worker.name}.", "model", "model_not_found")
+        return JSONResponse(cards[0])
 
     streamed = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
     path = "/v1/chat/completions"

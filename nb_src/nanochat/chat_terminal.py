@@ -125,7 +125,8 @@ class AnswerReader:
             return []
         events = self.say("", complete=True)
         call = {"expression": shown, "result": None if result is None else str(result)}
-        self.calls.append(call | {"position": len(self.text)})
+        call["position"] = len(self.text)
+        self.calls.append(call)
         return [*events, call]
 
     def say(self, new: str, complete: bool = False) -> list[str | dict]:

@@ -57,6 +57,8 @@ class Answer(BaseHTTPRequestHandler):
             self.server.requests.append(body)
             self.server.scripts.pop(0)(self)
 
+    calls = 0
+
     def is_allowed(self):
         if self.headers["Authorization"] == f"Bearer {self.server.token}":
             return True
@@ -83,7 +85,8 @@ class Answer(BaseHTTPRequestHandler):
             self.event({"content": piece})
 
     def calculator(self, expression, result):
-        self.event({"calculator": {"expression": expression, "result": result}})
+        self.calls += 1
+        self.event({"calculator": [{"index": self.calls - 1, "expression": expression, "result": result}]})
 
     def end(self, finish="stop"):
         self.event({}, finish)
@@ -444,12 +447,60 @@ def test_a_conversation_longer_than_the_server_takes_loses_its_beginning(server,
     long_ago = [{"role": "user", "text": "x" * 7000}, {"role": "assistant", "parts": [{"text": "y" * 9000}]}] * 2
     page.evaluate("messages = JSON.parse(arguments[0])".replace("arguments[0]", repr(json.dumps(long_ago))))
     say(page, "hello")
+    expect(page.locator("article").last).to_contain_text("one")
     say(page, "more")
+    expect(page.locator("article").last).to_contain_text("two")
     sent = [[len(message["content"]) for message in body["messages"]] for body in server.requests]
     assert sent == [[7000, 9000, 5], [7000, 9000, 5, 3, 4]]
     expect(page.locator("article").last.locator(".note")).to_have_text(
         "The first 4 messages no longer fit and were left out."
     )
+
+
+def test_a_refused_question_is_not_sent_again(server, open_page):
+    """A pasted text that is too long, after which every other question is refused for its sake."""
+
+    def too_long(answer):
+        answer.refuse(400, "The last message has 900 tokens; the model's context is 512.")
+
+    server.scripts += [saying("one"), too_long, saying("two")]
+    page = open_page(server.address)
+    say(page, "hello")
+    page.get_by_label("Your message").fill("x" * 3000)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("900 tokens")
+    say(page, "more")
+    expect(page.locator("article").last).to_contain_text("two")
+    sent = [message["content"] for message in server.requests[-1]["messages"]]
+    assert sent == ["hello", "one", "more"]
+
+
+def test_two_tabs_have_one_conversation(server, open_page):
+    """A tab in the background that is closed, and writes its old list over the conversation of the other one."""
+    server.scripts += [saying("one"), saying("two")]
+    first = open_page(server.address)
+    second = first.context.new_page()
+    second.goto(server.address)
+    say(first, "hello")
+    expect(second.locator("article")).to_have_count(2)
+    second.reload()
+    say(first, "more")
+    second.close()
+    first.reload()
+    expect(first.locator("article")).to_have_count(4)
+
+
+def test_a_storage_that_is_full_or_spoilt_is_no_end(server, open_page):
+    """A page that says "connecting" for ever, or a conversation that is lost without a word."""
+    server.scripts += [saying("one")]
+    page = open_page(server.address)
+    page.evaluate('localStorage.setItem(MEMORY + \'messages\', \'[null, 3, {"role": "user"}, {"role": "assistant"}]\')')
+    page.goto("about:blank")
+    page.goto(server.address)
+    expect(page.locator("article")).to_have_count(0)
+    page.evaluate("() => { Storage.prototype.setItem = () => { throw new DOMException('full'); }; }")
+    say(page, "hello")
+    expect(page.locator(".note")).to_contain_text("does not keep the conversation")
 
 
 def test_an_error_is_a_sentence_and_nothing_is_lost(server, open_page):

@@ -1,13 +1,16 @@
+import gc
 import json
 import socket
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
 import pytest
 import schemathesis
+import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from test_chat_terminal import (
     END,
@@ -22,7 +25,7 @@ from test_chat_terminal import (
     turns,
 )
 
-from nanochat.chat_server import CHAT_BODY_BYTES, ChatMessage, ChatServer, create_chat_app
+from nanochat.chat_server import CHAT_BODY_BYTES, ChatMessage, ChatServer, create_chat_app, joined_conversation
 from nanochat.chat_terminal import AnswerReader, fit_conversation
 from nanochat.engine import Engine
 from nanochat.runtime import UserError
@@ -163,9 +166,16 @@ def test_calculator_calls_come_as_such(serve):
     assert events.pop() == "[DONE]"
     deltas = [json.loads(event)["choices"][0]["delta"] for event in events]
     calls = [i for i, delta in enumerate(deltas) if "calculator" in delta]
-    assert [deltas[i]["calculator"] for i in calls] == [{"expression": "6*7", "result": "42"}]
+    assert [deltas[i]["calculator"] for i in calls] == [[{"index": 0} | message.calculator[0]]]
     assert "".join(delta.get("content", "") for delta in deltas[: calls[0]]) == "It is: "
     assert "".join(delta.get("content", "") for delta in deltas) == "It is: 42!"
+
+    client = official(serve(scripted(small_gpt(), *said, *said)))  # the client's own helper joins the pieces
+    with client.chat.completions.stream(model="", messages=HELLO) as stream:
+        joined = stream.get_final_completion().choices[0].message
+    assert joined.content == message.content
+    assert joined.calculator == [{"index": 0, "expression": "6*7", "result": "42", "position": 7}]
+    client.chat.completions.create(model="", messages=[*HELLO, joined, *HELLO])
 
     as_it_came = ChatMessage.model_validate(message.model_dump()).plain()
     parts = [("text", "It is: "), ("python", "6*7"), ("python_output", "42"), ("text", "42!")]
@@ -272,9 +282,8 @@ def messages(*roles):
             {"messages": [{"role": role, "content": "x" * 7000} for role in ["user", "assistant"] * 2 + ["user"]]},
             "the messages have 35000 characters together; 32000 are allowed.",
         ),
-        ({"messages": messages("tool")}, "messages[0].role: input should be 'system', 'user' or 'assistant'."),
+        ({"messages": messages("tool")}, "messages[0].role: input should be 'system', 'developer', 'user' or"),
         ({"messages": messages("assistant")}, "message 1 has the role 'assistant' where 'user' belongs."),
-        ({"messages": messages("user", "user")}, "message 2 has the role 'user' where 'assistant' belongs."),
         ({"messages": messages("user", "assistant")}, "the last message has the role 'assistant'; it must be the user"),
         ({"messages": messages("system")}, "message 1 has the role 'system', so message 2 must exist"),
     ],
@@ -374,7 +383,9 @@ def described():
 def test_the_description_survives_a_fuzz(described, mode):
     """A request that nobody thought of ends in an exception, or an answer is not what the description says."""
     operations = [result.ok() for result in described.get_all_operations()]
-    assert {operation.label for operation in operations} == {"GET /health", "GET /v1/models", f"POST {PATH}"}
+    assert {operation.label for operation in operations} == {
+        "GET /health", "GET /v1/models", "GET /v1/models/{name}", f"POST {PATH}"
+    }  # fmt: skip
     if mode is schemathesis.GenerationMode.NEGATIVE:  # the others have no input that could be wrong
         operations = [operation for operation in operations if operation.method == "post"]
     statuses = set()
@@ -388,11 +399,16 @@ def test_the_description_survives_a_fuzz(described, mode):
         def fuzz(case):
             # Who speaks after whom is no matter of types, so not all that fits the description can be answered.
             excluded = [schemathesis.checks.positive_data_acceptance]
+            if mode is schemathesis.GenerationMode.NEGATIVE:  # see below: the check does not know 413 as a refusal
+                excluded.append(schemathesis.checks.negative_data_rejection)
             headers = {"Authorization": "Bearer secret-token"}
             statuses.add(case.call_and_validate(headers=headers, excluded_checks=excluded).status_code)
 
         fuzz()
-    assert statuses == {200, 400} if mode is schemathesis.GenerationMode.POSITIVE else {400}
+    if mode is schemathesis.GenerationMode.POSITIVE:
+        assert statuses == {200, 400, 404}
+    else:
+        assert 400 in statuses and statuses <= {400, 413}
 
 
 # Leaving, crowds and failures
@@ -498,3 +514,52 @@ def test_stopping_ends_answers_and_frees_the_port(serve):
         assert again.token != server.token
     with pytest.raises(UserError, match="the token can have letters"):
         ChatServer(small_gpt(), TOKENIZER, "", token="two words")
+
+
+def test_a_stopped_server_lets_go_of_its_memory(serve):
+    """A cell of a notebook that is run again, and keeps another gigabyte of cache each time."""
+    server = serve()
+    official(server).chat.completions.create(model="", messages=HELLO, max_tokens=2)
+    cache, model = weakref.ref(server.worker.batch.cache), weakref.ref(server.worker.batch.engine.model)
+    server.stop()
+    gc.collect()
+    assert cache() is None and model() is None
+
+
+def test_a_device_that_is_full_for_a_moment_is_no_end(serve, monkeypatch):
+    """A server that refuses everybody until it is restarted, because another cell needed the GPU's memory once."""
+    server, read_prompts, failures = serve(), Engine.read_prompts, [torch.OutOfMemoryError("CUDA out of memory")]
+
+    def sometimes(engine, prompts):
+        if failures:
+            raise failures.pop()
+        return read_prompts(engine, prompts)
+
+    monkeypatch.setattr(Engine, "read_prompts", sometimes)
+    client, ask = official(server), dict(model="", messages=HELLO, max_tokens=4, temperature=0)
+    with pytest.raises(openai.InternalServerError, match="no memory left for this answer"):
+        client.chat.completions.create(**ask)
+    answer = client.chat.completions.create(**ask)
+    assert answer.choices[0].message.content == alone(small_gpt(), HELLO, 4)
+    assert health(server)["status"] == "ok" and health(server)["active"] == 0
+
+
+def test_conversations_as_other_programs_write_them(serve):
+    """A client that gets a 400 for a developer message, a second system message or two questions in a row."""
+    said = [
+        ("developer", "A"), ("user", "B"), ("user", "C"), ("system", ""), ("assistant", "D"), ("assistant", "E"),
+        ("system", "F"), ("user", "G"),
+    ]  # fmt: skip
+    messages = [{"role": role, "content": content} for role, content in said]
+    two = [{"type": "text", "text": text} for text in ("D", "\n\n", "E")]
+    assert joined_conversation([ChatMessage.model_validate(message) for message in messages]) == [
+        {"role": "system", "content": "A\n\nF"},
+        {"role": "user", "content": "B\n\nC"},
+        {"role": "assistant", "content": two},
+        {"role": "user", "content": "G"},
+    ]
+    client = official(serve())
+    client.chat.completions.create(model="", messages=messages, max_tokens=2, extra_body={"reasoning_effort": None})
+    assert client.models.retrieve("nanochat").context_length == 256
+    with pytest.raises(openai.NotFoundError, match="There is no model 'gpt-4'; there is nanochat"):
+        client.models.retrieve("gpt-4")
