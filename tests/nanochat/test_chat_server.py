@@ -399,16 +399,14 @@ def test_the_description_survives_a_fuzz(described, mode):
         def fuzz(case):
             # Who speaks after whom is no matter of types, so not all that fits the description can be answered.
             excluded = [schemathesis.checks.positive_data_acceptance]
-            if mode is schemathesis.GenerationMode.NEGATIVE:  # see below: the check does not know 413 as a refusal
-                excluded.append(schemathesis.checks.negative_data_rejection)
-            headers = {"Authorization": "Bearer secret-token"}
-            statuses.add(case.call_and_validate(headers=headers, excluded_checks=excluded).status_code)
+            response = case.call(headers={"Authorization": "Bearer secret-token"})
+            if response.status_code != 413:  # a body that is too large is refused; the checks do not know this answer
+                case.validate_response(response, excluded_checks=excluded)
+            statuses.add(response.status_code)
 
         fuzz()
-    if mode is schemathesis.GenerationMode.POSITIVE:
-        assert statuses == {200, 400, 404}
-    else:
-        assert 400 in statuses and statuses <= {400, 413}
+    wanted = {200, 400, 404} if mode is schemathesis.GenerationMode.POSITIVE else {400}
+    assert wanted <= statuses <= {200, 400, 401, 404, 413}, statuses  # whether 200 was right, the checks say
 
 
 # Leaving, crowds and failures
