@@ -307,7 +307,7 @@ show_figure(
 # Text, as parquet shards of documents. One shard is never trained on: it measures.
 
 # %%
-from nanochat.stages import finish_stage, finished_stage, source_fingerprint, what_changed
+from nanochat.stages import finish_stage, finished_stage, fingerprint_of, source_fingerprint, what_changed
 from nanochat.offline_corpus import collect_offline_documents
 from nanochat.dataset import epoch_sentence, files_holding, plan_data, prepare_corpus, training_characters
 
@@ -328,7 +328,7 @@ print0(epoch_sentence(training_characters(corpus), plan.tokens))
 # %%
 from nanochat.tokenizer import describe_token_bytes, get_token_bytes, get_tokenizer, train_tokenizer
 from nanochat.tok_eval import evaluate_tokenizer, tokenizer_report_tables, tokenizer_summary_table
-from nanochat.report import get_report, section_slug
+from nanochat.report import get_report, section_slug, without_folders
 
 # %%
 report = get_report()
@@ -368,6 +368,7 @@ report.set_provenance(
         "source hash": source_fingerprint(source_hash),
         "data fingerprint": corpus.fingerprint(),
         "tokenizer fingerprint": tokenizer.fingerprint(),
+        "settings fingerprint": fingerprint_of(asdict(settings)),
         "parameters": params,
     }
 )
@@ -404,7 +405,7 @@ if rank == 0:
 # %%
 from nanochat.dataloader import pack_rows_preview, tokenizing_distributed_data_loader_bos_bestfit
 from nanochat.engine import Engine
-from nanochat.checkpoint_manager import checkpoint_folder, load_model
+from nanochat.checkpoint_manager import checkpoint_folder, load_model, read_meta
 from nanochat.loss_eval import evaluate_bpb, every_byte_batches, first_texts
 from nanochat.base_train import pretrain, sample_text, summarize_training, training_times
 from nanochat.tracking import open_tracker, read_secret, wandb_eval_record, wandb_train_record
@@ -424,7 +425,7 @@ if params["hub_repo"] and not (read_secret("HF_TOKEN") or get_token()):
 reference = D12_REFERENCE if settings.depth == 12 else None
 chart = LiveChart(plan.iterations, f"base model d{settings.depth}", reference)
 tracker = open_tracker(params["run"], "nanochat", params, rank)
-records, started = [], time.time()
+records = []
 try:
     for record in pretrain(plan, corpus, tokenizer, device, compute_dtype, params["torch_compile"]):
         records.append(record)
@@ -442,7 +443,7 @@ finally:  # also when it is stopped: the picture so far is worth keeping
 # The numbers, for the report too.
 
 # %%
-if rank == 0:
+if rank == 0 and records:  # a checkpoint from elsewhere has no log
     facts = {
         "Number of parameters": plan.parameters["total"],
         "Number of FLOPs per token": f"{plan.flops_per_token:e}",
@@ -452,10 +453,11 @@ if rank == 0:
         "DDP world size": world_size,
     }
     facts |= summarize_training(records, device, params["price_per_hour"])
-    if "Base model training" not in report.metrics() or not all(record.replayed for record in records):
+    about = {"fingerprint": read_meta(settings.checkpoint_dir, plan.iterations)["fingerprint"]}
+    if not report.is_about("Base model training", about) or not all(record.replayed for record in records):
         report.log("Base model training", [facts, f"![training]({chart.file_name()}.png)"])
-        times = training_times(records, started)
-        report.add_metrics("Base model training", facts | times | {"model config": asdict(model_config)})
+        about |= {"source hash": source_fingerprint(source_hash), "model config": asdict(model_config)}
+        report.add_metrics("Base model training", facts | training_times(records) | about)
     show_table(list(facts.items()), header=("pretraining", ""))
 
 # %% [markdown]
@@ -550,8 +552,8 @@ else:
         bundle_dir = prepare_offline_bundle(corpus) if offline_tasks else prepare_core_bundle()
     for hub_model in filter(None, ["this model", params["compare_model"]]):
         ours = hub_model == "this model"
-        name = f"this model, d{settings.depth}" if ours else hub_model
-        stage = "CORE" if ours else f"CORE {hub_model.replace('/', '-')}"
+        name = f"this model, d{settings.depth}" if ours else without_folders(hub_model)
+        stage = "CORE" if ours else f"CORE {name.replace('/', '-')}"
         core_inputs = {"tasks": task_source, "max_per_task": params["core_max_per_task"]}
         core_inputs["model"] = [meta["fingerprint"], meta["step"]] if ours else hub_model
         core = finished_stage(stage, core_inputs)
@@ -670,7 +672,7 @@ model = None  # the base model's memory is needed now
 if fine_tuning:
     sft_chart = LiveChart(sft_steps, f"fine-tuning d{settings.depth}")
     tracker = open_tracker(params["run"], "nanochat-sft", params, rank)
-    sft_records, started = [], time.time()
+    sft_records = []
     try:
         for record in fine_tune(
             sft_plan, train_task, val_task, tokenizer, device, compute_dtype, params["torch_compile"]
@@ -687,16 +689,18 @@ if fine_tuning:
         tracker.finish()
 
 # %%
-if fine_tuning and rank == 0:
+if fine_tuning and rank == 0 and sft_records:
     facts = {
         "Number of iterations": sft_records[-1].step,
         "Number of conversations": len(train_task),
         "DDP world size": world_size,
     }
     facts |= summarize_training(sft_records, device, params["price_per_hour"])
-    if "SFT" not in report.metrics() or not all(record.replayed for record in sft_records):
+    tuned = read_meta(checkpoint_folder("sft", model_tag_used), sft_records[-1].step)
+    about = {"fingerprint": tuned["fingerprint"]}
+    if not report.is_about("SFT", about) or not all(record.replayed for record in sft_records):
         report.log("SFT", [asdict(sft_plan.settings), facts, f"![fine-tuning]({sft_chart.file_name()}.png)"])
-        report.add_metrics("SFT", facts | training_times(sft_records, started))
+        report.add_metrics("SFT", facts | training_times(sft_records) | about)
     show_table(list(facts.items()), header=("fine-tuning", ""))
 
 # %% [markdown]

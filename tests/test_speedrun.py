@@ -150,7 +150,14 @@ def test_again_skips_and_depth_redoes_what_depends_on_it(executed, text_folder):
     text, _ = texts_and_images(executed / "deeper.ipynb")
     assert len(re.findall(r"nothing to do\b", text)) == 1 and "tokenizer: trained earlier, nothing to do" in text
     assert sorted(path.name for path in (executed / "base" / "base_checkpoints").iterdir()) == ["d2", "d3"]
-    assert text.count("left out, as asked") == 5 and not (executed / "base" / "chatsft_checkpoints" / "d3").exists()
+    metrics = json.loads((executed / "base" / "report" / "metrics.json").read_text())
+    assert metrics["Base model training"]["model config"]["n_layer"] == 3
+    process = papermill(executed / "base", text_folder, notebook, executed / "back.ipynb", **changes | dict(depth=2))
+    assert process.returncode == 0, process.stdout
+    metrics = json.loads((executed / "base" / "report" / "metrics.json").read_text())
+    assert metrics["Base model training"]["model config"]["n_layer"] == 2, "the page is about the model at hand"
+    assert text.count("left out, as asked") == 5 and "upload: left out, because the export was" in text
+    assert not (executed / "base" / "chatsft_checkpoints" / "d3").exists()
 
 
 def test_the_flat_script_runs_alone(tmp_path, text_folder):
@@ -191,6 +198,10 @@ def test_two_processes_train_the_same_model(tmp_path, text_folder):
         mark.split()[:2] for mark in marks(process)
     ]
     assert process.stdout.count("Distributed world size: 2") == 1, "only rank 0 may print"
+    stamp = nb_convert.source_stamp(nb_convert.read_project(REPOSITORY), "nanochat_speedrun")
+    for base in ("one", "two"):
+        metrics = json.loads((tmp_path / base / "report" / "metrics.json").read_text())
+        assert metrics["Provenance"]["source hash"] == stamp, "a script is the same code as its notebook"
     folder = tmp_path / "two" / "base_checkpoints" / "d2"
     shares = [(folder / f"optim_000006_rank{rank}.pt").stat().st_size for rank in (0, 1)]
     whole = (tmp_path / "one" / "base_checkpoints" / "d2" / "optim_000006_rank0.pt").stat().st_size

@@ -79,6 +79,7 @@ class TrainRecord:
     samples: tuple[str, ...] | None = None
     progress: float | None = None  # 0 to 1, how much of the run came before this step
     replayed: bool = False  # read from the log of an earlier run, not computed now
+    wall_seconds: float = 0.0  # by the clock, compiling, evaluating and saving included, over all processes
 
 
 class TrainLog:
@@ -130,12 +131,14 @@ class TrainMeter:
         self.min_val_bpb = math.inf if state["min_val_bpb"] is None else state["min_val_bpb"]
         self.ema_loss, self.total_seconds = state["smooth_train_loss"], state["total_training_time"]
         self.timed_steps, self.timed_seconds = -WARM_UP_STEPS, 0.0  # of this process
+        self.wall_clock_began = time.time() - state.get("total_wall_time", 0.0)
 
     def state(self) -> dict:
         return {
             "min_val_bpb": self.min_val_bpb if math.isfinite(self.min_val_bpb) else None,
             "smooth_train_loss": self.ema_loss,
             "total_training_time": self.total_seconds,
+            "total_wall_time": time.time() - self.wall_clock_began,
         }
 
     def record(self, step: int, loss: float, seconds: float, progress: float, **more) -> TrainRecord:
@@ -164,6 +167,7 @@ class TrainMeter:
             eta_seconds=eta_seconds,
             total_flops=self.flops_per_step * (step + 1),
             progress=progress,
+            wall_seconds=time.time() - self.wall_clock_began,
             **more,
         )
 
@@ -172,6 +176,7 @@ class TrainMeter:
         return TrainRecord(
             step, None, smoothed(self.ema_loss, step), 0.0, 0.0, 0.0, None, epoch, self.total_seconds, 0.0,
             self.flops_per_step * step, val_bpb, samples, progress=1.0,
+            wall_seconds=time.time() - self.wall_clock_began,
         )  # fmt: skip
 
 
@@ -538,10 +543,6 @@ def summarize_training(records: list[TrainRecord], device: torch.device, price_p
     return summary
 
 
-def training_times(records: list[TrainRecord], started: float) -> dict:
-    """Seconds of training proper, and by the clock: since `started` (time.time()), and in processes before this one."""
-    earlier = [record.total_seconds for record in records if record.replayed]
-    return {
-        "training seconds": records[-1].total_seconds,
-        "wall seconds": time.time() - started + max(earlier, default=0.0),
-    }
+def training_times(records: list[TrainRecord]) -> dict:
+    """Seconds of training proper, and by the clock."""
+    return {"training seconds": records[-1].total_seconds, "wall seconds": records[-1].wall_seconds}

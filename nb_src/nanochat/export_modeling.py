@@ -84,10 +84,18 @@ EXPORT_MODELING_SOURCE = r'''"""A nanochat GPT for the transformers library."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import transformers
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_nanochat_gpt import NanochatGPTConfig
+
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 4):
+    raise ImportError(
+        f"this model needs transformers 5.4 or newer, and this is {transformers.__version__}: "
+        "pip install --upgrade transformers"
+    )
+from transformers import initialization  # noqa: E402  (older versions have none)
 
 
 def norm(x):
@@ -174,6 +182,16 @@ class NanochatGPTForCausalLM(PreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self):
         return self.lm_head
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        raise NotImplementedError("this model has a table of values for each token in half of its layers: no resizing")
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if module is self:  # the library's own functions leave alone what was loaded
+            initialization.ones_(self.resid_lambdas)
+            initialization.zeros_(self.x0_lambdas)
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs):

@@ -125,7 +125,9 @@ def run_git(*arguments: str) -> str | None:
 
 
 def git_lines() -> list[str]:
-    """Branch, commit and subject of the repository that we run in; [] when there is none."""
+    """Branch, commit and subject when we run in a clone of this project; [] elsewhere, where it is not ours to tell."""
+    if not run_git("ls-files", ":/nb_src/nanochat_speedrun.py"):
+        return []
     commit = run_git("rev-parse", "--short", "HEAD")
     if not commit:
         return []
@@ -170,7 +172,9 @@ def hardware_lines() -> list[str]:
 
 
 def bloat_lines() -> list[str]:
-    """How much code there is to read, over the files that git tracks; [] outside a repository."""
+    """How much code there is to read, over the files that git tracks; [] outside a clone of this project."""
+    if not run_git("ls-files", ":/nb_src/nanochat_speedrun.py"):
+        return []
     root = run_git("rev-parse", "--show-toplevel")
     tracked = root and run_git("-C", root, "ls-files", "*.py", "*.md", "*.rs", "*.html", "*.toml", "*.sh")
     if not tracked:
@@ -199,6 +203,23 @@ def report_header() -> str:
     lines += ["### Software", f"- Python: {platform.python_version()}", f"- PyTorch: {torch.__version__}", ""]
     lines += bloat_lines()
     return "\n".join([*lines, f"Run started: {now}", "", "---", "", ""])
+
+
+# %% [markdown]
+# ### `without_folders`
+# A report is made to be sent to others, and where its writer keeps things is nobody's business.
+
+# %%
+REPORT_SAME_RUN = ("data fingerprint", "tokenizer fingerprint", "settings fingerprint")
+
+
+def without_folders(value):
+    """A string that is a path on this machine as "…/name"; anything else as it is."""
+    if not isinstance(value, str) or not value or "\n" in value:
+        return value
+    path = Path(value)
+    local = path.is_absolute() or value[0] in "~." or ("/" in value and path.exists())
+    return f"…/{path.name}" if local else value
 
 
 # %% [markdown]
@@ -242,19 +263,24 @@ class Report:
         every = self.metrics()
         self._write_metrics(every | {section: every.get(section, {}) | plain_json(metrics)})
 
+    def is_about(self, section: str, facts: dict) -> bool:
+        """Whether the numbers of a section were given together with these: its model's fingerprint, for example."""
+        return plain_json(facts).items() <= self.metrics().get(section, {}).items()
+
     def set_provenance(self, facts: dict) -> None:
         """Where the numbers of this run come from, in place of what was there.
 
         facts: "parameters" (name -> value) and whatever else identifies the run: hashes, the version that it follows.
-        Of a parameter that is an absolute path only the name is kept; the rest is nobody's business. Other facts than
-        last time are another run in the same folder, and get a new header.
+        Of a parameter that is a path only the name is kept; the rest is nobody's business. Another text, tokenizer or
+        plan of training than last time is another run in the same folder, and gets a new header.
         """
         every, facts = self.metrics(), plain_json(facts)
         for name, value in facts.get("parameters", {}).items():
-            if isinstance(value, str) and Path(value).is_absolute():
-                facts["parameters"][name] = f"…/{Path(value).name}"
-        if every.get("Provenance") != facts:
+            facts["parameters"][name] = without_folders(value)
+        old = every.get("Provenance")
+        if old is None or any(old.get(name) != facts.get(name) for name in REPORT_SAME_RUN):
             write_atomic(self.folder / "header.md", report_header())
+        if old != facts:
             self._write_metrics(every | {"Provenance": facts})
 
     def metrics(self) -> dict:

@@ -101,7 +101,7 @@ def shown_sections(names, parameters: dict) -> list[str]:
     if "compare_model" in parameters:
         hidden |= {name for name in names if name.startswith("CORE ") and name != compared}
     if "sft" in skipped:
-        hidden |= {"SFT", "Chat samples"}
+        hidden |= {"SFT", "Chat samples", "Chat evaluation sft"}
     if "chat_eval" in skipped:
         hidden |= {"Chat evaluation sft"}
     return [name for name in names if name not in hidden]
@@ -158,7 +158,7 @@ def glance_sentences(metrics: dict) -> str:
     read = f" It read {spoken_count(tokens)} tokens" + (f" of {source}." if source else ".") if tokens else ""
     sentences = [f"A language model, trained from nothing: {model_words(metrics) or 'of unknown size'}.{read}"]
     times = {"pretraining": training.get("training seconds"), "fine-tuning": tuning.get("training seconds")}
-    times["the whole run"] = run["total wall seconds"]
+    times["all stages together"] = run["total wall seconds"]
     (first, seconds), *rest = [(name, spoken_seconds(time)) for name, time in times.items() if time] or [("", "")]
     if seconds:
         words = spoken_list([f"{first.capitalize()} took {seconds}", *(" ".join(pair) for pair in rest)])
@@ -497,7 +497,7 @@ def summary_part(metrics: dict, header: str) -> list[str]:
     if metrics.get("Chat evaluation sft") and not chat_exams_are_real(metrics):
         lines += ["The exams of this run are the offline ones.", ""]
     seconds = metrics["Run"]["total wall seconds"]
-    clock = "unknown" if seconds is None else f"{int(seconds) // 3600}h{int(seconds) // 60 % 60}m"
+    clock = "unknown" if seconds is None else "{}h{}m".format(*divmod(round(seconds / 60), 60))
     return [*lines, f"Total wall clock time: {clock}", ""]
 
 
@@ -512,6 +512,9 @@ def provenance_part(metrics: dict) -> list[str]:
     """Where the numbers come from: what "Provenance" holds."""
     facts = metrics.get("Provenance", {})
     plain = {name: value for name, value in facts.items() if name != "parameters"}
+    trained_by = metrics.get("Base model training", {}).get("source hash")
+    if trained_by not in (None, facts.get("source hash")):
+        plain["source hash of pretraining"] = trained_by
     lines = ["## Provenance", "", *report_lines(plain), ""] if facts else []
     if "parameters" in facts:
         lines += ["### Parameters", "", *report_lines(facts["parameters"]), ""]

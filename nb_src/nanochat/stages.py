@@ -68,11 +68,17 @@ def source_fingerprint(stamp: str) -> str:
     """sha256 (hex) over the sources of the running program. stamp: what the build wrote, or still its placeholder."""
     if re.fullmatch("[0-9a-f]{64}", stamp):
         return stamp
-    loaded = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
-    files = {Path(name).resolve() for name in loaded if name}
-    folder = Path(sys.modules["__main__"].__file__).resolve().parent
-    chapters = [path for path in files if path.is_relative_to(folder) and path.name != "__init__.py"]
-    digests = {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in chapters}
+    spine = Path(sys.modules["__main__"].__file__).resolve()
+    paths, waiting = set(), [spine]
+    while waiting:  # the script, the chapters that it imports, and those that they import
+        path = waiting.pop()
+        if path not in paths:
+            paths.add(path)
+            modules = re.findall(r"^from (\w+\.\w+) import ", path.read_text(encoding="utf-8"), re.MULTILINE)
+            files = (spine.parent / f"{module.replace('.', '/')}.py" for module in modules)
+            waiting += [file for file in files if file.is_file()]
+    names = {path: path.relative_to(spine.parent).as_posix() for path in paths}
+    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for path, name in names.items()}
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 

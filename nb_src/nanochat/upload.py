@@ -28,6 +28,7 @@ from nanochat.checkpoint_manager import checkpoint_path, find_last_step
 from nanochat.dataset import HUB_SHARDS, hub_endpoint
 from nanochat.plots import show_table
 from nanochat.report import fenced_text
+from nanochat.report_page import shown_sections
 from nanochat.runtime import UserError, get_base_dir, get_dist_info, print0
 from nanochat.settings import check_hub_names
 from nanochat.stages import read_stage
@@ -314,9 +315,11 @@ def card_results(metrics: dict, marks: list[ExamMark]) -> list[str]:
 
 
 def card_loading(repo: str, config: dict, checkpoint: str) -> list[str]:
-    """How to load the model with transformers and, where a checkpoint is there, with the notebook."""
+    """How to load the model with transformers and, where a checkpoint is there, with the project's chat."""
     trust = ", trust_remote_code=True" if config.get("auto_map") else ""
     lines = [
+        "With transformers 5.4 or newer:" if trust else "With transformers:",
+        "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
@@ -335,7 +338,8 @@ def card_loading(repo: str, config: dict, checkpoint: str) -> list[str]:
         lines += ["`trust_remote_code=True` runs the Python files of this repository: read them first.", ""]
     if checkpoint:
         lines += [
-            "To chat with it in the notebook that trained it, or to train on, fetch the checkpoint into its folders:",
+            "To chat with it as the notebook does, with its calculator, fetch the checkpoint into its folders and",
+            "start the project's `python tools/chat.py`:",
             "",
             "```bash",
             f'hf download {repo} --include "checkpoint/*" --local-dir .',
@@ -501,12 +505,17 @@ def plan_upload(
     config = json.loads(next(file for file in files if file.path_in_repo == "config.json").read())
     numbers = next((file for file in files if file.path_in_repo == "report/metrics.json"), None)
     metrics = json.loads(numbers.read()) if numbers else {}
-    if source == "base":
-        metrics.pop("SFT", None)  # of another model than the one that goes up
+    parameters = metrics.get("Provenance", {}).get("parameters", {})
+    wanted = {"schema", *shown_sections(metrics, parameters)}  # the others are of earlier runs, with another model
+    wanted -= {"SFT", "Chat samples", "Chat evaluation sft"} if source == "base" else set()
+    metrics = {name: values for name, values in metrics.items() if name in wanted}
+    if numbers:
+        text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
+        files[files.index(numbers)] = UploadFile(numbers.path_in_repo, text.encode())
     marks = tuple(exam_marks(metrics, source, base))
     card = ModelCard(weights_license, data_source, config, metrics, marks, checkpoint, provenance)
     files += eval_result_files(list(marks))
-    taken = {file.source for file in files if isinstance(file.source, Path)}
+    taken = {file.source for file in files if isinstance(file.source, Path)} | {base / "report" / "metrics.json"}
     left_out = tuple(sorted({path.name for folder in folders for path in folder.iterdir() if path not in taken}))
     return UploadPlan(export.name, tuple(files), card, left_out)
 

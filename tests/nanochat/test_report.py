@@ -17,6 +17,7 @@ from nanochat.report import (
     plain_lines,
     report_lines,
     section_slug,
+    without_folders,
 )
 
 
@@ -126,19 +127,22 @@ def test_no_text_escapes_from_its_fence(text):
 def test_git_and_bloat_inside_a_repository(report, tmp_path, monkeypatch):
     """A number whose code is unknown cannot be repeated; untracked files are not code."""
     repository = tmp_path / "repository"
-    (repository / "sub").mkdir(parents=True)
-    (repository / "sub" / "a.py").write_text("x = 1\ny = 2\n")
+    (repository / "nb_src").mkdir(parents=True)
+    (repository / "nb_src" / "nanochat_speedrun.py").write_text("x = 1\ny = 2\n")
     (repository / "data.bin").write_text("no source file")
     (repository / "untracked.py").write_text("z = 3\n")
-    monkeypatch.chdir(repository / "sub")
+    monkeypatch.chdir(repository / "nb_src")
     git = ["git", "-C", str(repository), "-c", "user.name=n", "-c", "user.email=e@x"]
-    for command in (["init", "-q"], ["add", "sub/a.py", "data.bin"], ["commit", "-q", "-m", "m" * 200]):
+    for command in (["init", "-q"], ["add", "nb_src", "data.bin"], ["commit", "-q", "-m", "m" * 200]):
         subprocess.run([*git, *command], check=True)
     report.reset()
     text = report.header()
     assert re.search(r"- Commit: [0-9a-f]{7,} \(dirty\)", text)
     assert f"- Message: {'m' * 80}\n" in text
     assert "- Characters: 12\n- Lines: 2\n- Files: 1\n- Tokens (approx): 3\n" in text
+    subprocess.run([*git, "mv", "nb_src/nanochat_speedrun.py", "secret_plans.py"], check=True)
+    report.reset()
+    assert "### Git" not in report.header() and "### Bloat" not in report.header(), "somebody's other project"
 
 
 def test_metrics_merge_and_are_json(report):
@@ -177,14 +181,34 @@ def test_another_provenance_is_another_run(report):
     """A second run in the same folder kept the start and the machine of the first, from days ago."""
     report.log("Tokenizer training", ["x"])
     header = report.folder / "header.md"
-    for facts in ({"parameters": {"depth": 4, "note": "old"}}, {"parameters": {"depth": 6}}):
+    for facts in ({"settings fingerprint": "4"}, {"settings fingerprint": "6"}, {"data fingerprint": "d"}):
         header.write_text("of another day")
         report.set_provenance(facts)
         assert "Run started: " in header.read_text()
         header.write_text("of this run")
+        facts |= {"parameters": {"hub_repo": "name"}}
         report.set_provenance(facts)
-        assert header.read_text() == "of this run", "the same run goes on"
+        assert header.read_text() == "of this run", "the same run goes on, and is now uploaded"
         assert report.metrics()["Provenance"] == facts
+
+
+def test_numbers_know_which_model_they_are_about(report):
+    """A page that shows the last model's curve because nothing was left to train for this one."""
+    report.add_metrics("SFT", {"fingerprint": "abc", "a": 1})
+    assert report.is_about("SFT", {"fingerprint": "abc"})
+    assert not report.is_about("SFT", {"fingerprint": "abd"}) and not report.is_about("CORE", {"fingerprint": "abc"})
+
+
+@pytest.mark.parametrize(
+    "value, shown",
+    [
+        ("/home/ann/diary", "…/diary"), ("../../home/ann/diary", "…/diary"), ("~ann/diary", "…/diary"), (".", "…/"),
+        ("offline", "offline"), ("user/name", "user/name"), (3, 3), ("", ""),
+    ],
+)  # fmt: skip
+def test_folders_are_nobodys_business(value, shown):
+    """A report, or a repository on the hub, that tells the name of a user and where the files are."""
+    assert without_folders(value) == shown
 
 
 def test_other_ranks_read_but_do_not_write(report, tmp_path, monkeypatch):

@@ -263,7 +263,7 @@ def test_the_price_is_said_when_it_is_known(report):
     total = 60 + 240 + 14 + 4 + 160 + 20
     assert metrics["Run"]["total wall seconds"] == total
     assert metrics["Run"]["price in dollars"] == pytest.approx(total / 100)
-    assert "the whole run 8 min 18 s, which cost $4.98." in markdown
+    assert "all stages together 8 min 18 s, which cost $4.98." in markdown
     assert "| price | $4.98 at $36.00 an hour |" in markdown
     assert (
         "| Base model training | 4 min 0 s | $2.40 |" in markdown
@@ -360,7 +360,7 @@ def test_the_text_has_a_name(report, source):
     log_pretraining(report)
     markdown, page, metrics = pages(report, (), data_source=source)
     top = markdown.split("## Stage by stage")[0]
-    words = {"/home/someone/my texts": "`…/my texts`", "fineweb-edu": "FineWeb-Edu", "../a|b": "`../a\\|b`"}
+    words = {"/home/someone/my texts": "`…/my texts`", "fineweb-edu": "FineWeb-Edu", "../a|b": "`…/a\\|b`"}
     assert f"tokens of {words.get(source, '`user/name`')}" in top and "/home" not in markdown + page + json.dumps(
         metrics
     )

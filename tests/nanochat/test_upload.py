@@ -701,3 +701,22 @@ def test_where_the_token_comes_from(base, monkeypatch, tmp_path):
 
     colab_drawer(monkeypatch, refused)
     assert find_hub_token() == "hf_environment"
+
+
+def test_marks_of_an_earlier_run_stay_at_home(base):
+    """A stage that was skipped this time, whose old marks, of another model, reach the card and a leaderboard."""
+    take_exam(base, "GSM8K", 132, 1319)
+    report = Report(base / "report")
+    report.add_metrics("Base model evaluation", {"val bpb": 1.5})
+
+    def published():
+        plan = plan_of(base)
+        (numbers,) = [file for file in plan.files if file.path_in_repo == "report/metrics.json"]
+        return plan.card.text("ann/tiny"), json.loads(numbers.read()), [file.path_in_repo for file in plan.files]
+
+    card, metrics, paths = published()
+    assert "132 of 1,319" in card and "Chat evaluation sft" in metrics and ".eval_results/gsm8k.yaml" in paths
+    report.set_provenance({"parameters": {"skip": "chat_eval"}})
+    card, metrics, paths = published()
+    assert "GSM8K" not in card and "Chat evaluation sft" not in metrics and ".eval_results/gsm8k.yaml" not in paths
+    assert "1.5000" in card and metrics["Base model evaluation"] == {"val bpb": 1.5} and metrics["schema"] == 1
