@@ -48,8 +48,13 @@ POLAR_EXPRESS_COEFFICIENTS = (
 def polar_express(x, steps: int = 5):  # (K, m, n)
     """The orthogonal factor of each matrix, approximately (singular values within about 0.7 to 1.2)."""
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)  # 2 % of room: bf16 must not push the largest above one
+    return odd_polynomials(x, POLAR_EXPRESS_COEFFICIENTS[:steps])
+
+
+def odd_polynomials(x, coefficients):  # (K, m, n)
+    """Apply a·s + b·s³ + c·s⁵ to all singular values s, once for each (a, b, c)."""
     tall = x.size(-2) > x.size(-1)
-    for a, b, c in POLAR_EXPRESS_COEFFICIENTS[:steps]:
+    for a, b, c in coefficients:
         gram = x.mT @ x if tall else x @ x.mT  # the smaller of the two
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)

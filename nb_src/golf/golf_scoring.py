@@ -1,0 +1,118 @@
+# %% [markdown]
+# ## Scoring
+#
+# The challenge is scored in bits per byte of a fixed text. Cut the text into blocks and every block begins blind: its
+# first tokens are predicted from almost nothing. A window that slides by a few tokens, and of which only the newest
+# predictions count, gives every token a long context; it costs as many forward passes as there are strides in a window.
+#
+# Either way each prediction counts exactly once, the first ones and the ragged end included. (The published scorers
+# cut the end off, and some of them the beginning.) Blocks are windows that slide by their whole length, so one
+# function does both. Target t means: predict token t + 1 from tokens 0 to t.
+
+# %%
+import itertools
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from golf.golf_tokenizers import BpbSums, ByteTables
+from nanochat.runtime import UserError, is_ddp_initialized
+
+# %% [markdown]
+# ### `scoring_windows`
+# The first window scores all that it sees; each later one the part that no earlier window reached.
+
+
+# %%
+class ScoringWindow(NamedTuple):
+    """The model sees targets start..end − 1 and the predictions first..end − 1 count."""
+
+    start: int
+    first: int
+    end: int
+
+
+def scoring_windows(n_targets: int, length: int, stride: int) -> list[ScoringWindow]:
+    """Windows of at most `length` targets that score each of n_targets once, in order. Golf spec section 4.7.
+
+    stride = length gives disjoint blocks.
+    """
+    if not 1 <= stride <= length:
+        raise UserError(f"stride {stride} does not fit windows of {length}: it lies between 1 and the length.")
+    if n_targets < 1:
+        raise UserError("there is nothing to score: a stream must have at least two tokens.")
+    context = length - stride
+    windows = [ScoringWindow(0, 0, min(length, n_targets))]
+    windows += [
+        ScoringWindow(start, start + context, min(start + length, n_targets))
+        for start in range(stride, n_targets - context, stride)
+    ]
+    return windows
+
+
+def share_of_windows(windows: list, rank: int, world_size: int) -> list:
+    """The consecutive part of the windows that one process scores."""
+    return windows[len(windows) * rank // world_size : len(windows) * (rank + 1) // world_size]
+
+
+# %% [markdown]
+# ### `window_losses`
+# Many windows go through the model together, and it is asked for no more than the predictions that count. A short
+# window is filled up with token 0, which changes nothing because no prediction sees what comes after it, and a short
+# batch with windows that do not count; so a compiled model meets each shape once.
+
+
+# %%
+@torch.no_grad()
+def window_losses(losses_of, stream, windows: list[ScoringWindow], length: int, batch_windows: int = 32, device=None):
+    """Yield (targets, losses): a range of targets and the nats of each, fp32 (n,); in order, without gaps.
+
+    losses_of(inputs, targets, last=n): inputs and targets (B, length) int64 -> nats (B, n) of the last n targets of
+    each row; `functools.partial(model, reduction="none")` is one. stream: 1-D integer tensor on the CPU, targets + 1
+    tokens. windows: consecutive ones of `scoring_windows`. device: of the model. Between two batches the caller may
+    train.
+    """
+    for skipped, same in itertools.groupby(windows, key=lambda window: window.first - window.start):
+        group, last = list(same), length - skipped
+        size = min(batch_windows, len(group))
+        for i in range(0, len(group), size):
+            batch = group[i : i + size]
+            low, high = batch[0].start, batch[-1].end
+            # dummy rows at the end of a short batch score nothing
+            starts = torch.tensor([w.start for w in batch] + [low] * (size - len(batch)))[:, None]
+            ends = torch.tensor([w.end for w in batch] + [low] * (size - len(batch)))[:, None]
+            span = stream[low : high + 1].to(torch.int64)
+            span = F.pad(span, (0, batch[-1].start + length - high))
+            rows = span[starts - low + torch.arange(length + 1)].to(device)
+            losses = losses_of(rows[:, :-1], rows[:, 1:], last=last)
+            counts = (starts + torch.arange(skipped, length) < ends).to(losses.device)
+            yield range(batch[0].first, high), losses[counts]
+
+
+# %% [markdown]
+# ### `score_stream`
+# The number of the challenge, over all processes.
+
+
+# %%
+def score_stream(
+    losses_of, stream, byte_tables, length: int, stride: int | None = None, batch_windows: int = 32, device=None
+) -> BpbSums:
+    """Score every target of a stream once, in windows of `length` that slide by `stride` (None: disjoint blocks).
+
+    losses_of, stream, device: as for `window_losses`. byte_tables: base_bytes, has_leading_space and is_boundary, each
+    (V,); the sums are made in fp64 on the device where they lie. With several processes each scores its share; all must
+    call it, and all get the same sums. Golf spec sections 2.5 and 4.7.
+    """
+    windows = scoring_windows(len(stream) - 1, length, length if stride is None else stride)
+    if is_ddp_initialized():
+        windows = share_of_windows(windows, dist.get_rank(), dist.get_world_size())
+    tables = ByteTables(*byte_tables)
+    home = tables.base_bytes.device
+    sums = BpbSums(home)
+    for targets, losses in window_losses(losses_of, stream, windows, length, batch_windows, device):
+        tokens = stream[targets.start : targets.stop + 1].to(home, torch.int64)
+        sums.add(losses.to(home), tokens[:-1], tokens[1:], tables)
+    return sums.sum_over_ranks()
