@@ -309,7 +309,14 @@ show_figure(
 # %%
 from nanochat.stages import finish_stage, finished_stage, fingerprint_of, source_fingerprint, what_changed
 from nanochat.offline_corpus import collect_offline_documents
-from nanochat.dataset import epoch_sentence, files_holding, plan_data, prepare_corpus, training_characters
+from nanochat.dataset import (
+    check_hub_token,
+    epoch_sentence,
+    files_holding,
+    plan_data,
+    prepare_corpus,
+    training_characters,
+)
 
 # %%
 n_shards, sentence = plan_data(
@@ -418,10 +425,8 @@ if rank == 0:
     show_figure(plot_packing(pack_rows_preview(tokenizer, corpus, rows=96, T=settings.max_seq_len)[::12]), "packing")
 
 # %%
-from huggingface_hub import get_token
-
-if params["hub_repo"] and not (read_secret("HF_TOKEN") or get_token()):
-    print0("hub_repo is set and there is no HF_TOKEN: unless one is there when training is done, nothing is uploaded.")
+if params["hub_repo"] and (sentence := check_hub_token(read_secret("HF_TOKEN"))):
+    print0(sentence)
 reference = D12_REFERENCE if settings.depth == 12 else None
 chart = LiveChart(plan.iterations, f"base model d{settings.depth}", reference)
 tracker = open_tracker(params["run"], "nanochat", params, rank)

@@ -401,6 +401,29 @@ def hub_headers(url: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
+def check_hub_token(token: str | None) -> str:
+    """What to say before a run that will be uploaded at its end; "" when all is well. Raises UserError for a bad token.
+
+    token: None for that of a stored login. A hub that cannot be reached now may be there when it is needed.
+    """
+    token = token or get_token()
+    if not token:
+        return "hub_repo is set and there is no HF_TOKEN: unless there is one at the end, nothing will be uploaded."
+    address = f"{hub_endpoint()}/api/whoami-v2"
+    try:
+        answer = requests.get(address, headers={"Authorization": f"Bearer {token}"}, timeout=10)
+        role = answer.json().get("auth", {}).get("accessToken", {}).get("role") if answer.ok else None
+    except (requests.RequestException, ValueError, AttributeError):
+        return "The hub cannot be reached now, so the access token for the upload was not checked."
+    if answer.status_code in (401, 403) or role == "read":
+        reason = "may only read" if role == "read" else f"is not accepted by the hub (answer {answer.status_code})"
+        raise UserError(
+            f"the access token {reason}. Put one with write permission, made at {hub_endpoint()}/settings/tokens, into "
+            "Colab's secrets or the environment variable HF_TOKEN, or leave hub_repo empty."
+        )
+    return ""
+
+
 def receive_file(item: Download, partial: str, stop: threading.Event) -> None:
     """Fetch what is missing of `partial`. Raises OSError when something was not as expected; the file stays."""
     have = os.path.getsize(partial) if os.path.exists(partial) else 0

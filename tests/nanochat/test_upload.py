@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from helpers import python_environment
 from hub_stand_in import HubStandIn, Repository
+from nanochat.dataset import check_hub_token
 from nanochat.report import Report
 from nanochat.runtime import UserError
 from nanochat.stages import finish_stage
@@ -720,3 +721,16 @@ def test_marks_of_an_earlier_run_stay_at_home(base):
     card, metrics, paths = published()
     assert "GSM8K" not in card and "Chat evaluation sft" not in metrics and ".eval_results/gsm8k.yaml" not in paths
     assert "1.5000" in card and metrics["Base model evaluation"] == {"val bpb": 1.5} and metrics["schema"] == 1
+
+
+def test_a_bad_token_is_found_before_the_training(monkeypatch):
+    """An upload that fails after an hour for what could have been seen in a second; or a run refused for a bad line."""
+    monkeypatch.setattr("nanochat.dataset.get_token", lambda: None)
+    assert "there is no HF_TOKEN" in check_hub_token(None)
+    with HubStandIn() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.address)
+        assert check_hub_token(TOKEN) == ""
+        with pytest.raises(UserError, match=r"is not accepted by the hub \(answer 401\)") as wrong:
+            check_hub_token("hf_wrong")
+        assert "hf_wrong" not in str(wrong.value)
+    assert "cannot be reached" in check_hub_token(TOKEN)
