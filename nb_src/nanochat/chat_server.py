@@ -5,8 +5,9 @@
 # whatever was written for it, works here too.
 #
 # One thread owns the model and does nothing but write tokens; everybody who is waiting for an answer has a row in its
-# batch, so many people wait little longer than one. All the rest, reading requests, checking them, turning tokens
-# into text, happens in the event loop beside it. Somebody who leaves frees the row at the next step.
+# batch: on two CPU cores a step for thirty-two takes 13 ms and a step for one 6 ms. All the rest, reading requests,
+# checking them, turning tokens into text, happens in the event loop beside it. Somebody who leaves frees the row at the
+# next step.
 #
 # The server listens on this machine alone and asks for a token, because every page open in the browser can reach
 # loopback as well. What is wrong with a request is said in a sentence; nothing is corrected silently.
