@@ -206,7 +206,8 @@ from nanochat.runtime import (
     rank0_first,
     show_user_errors_plainly,
 )
-from nanochat.settings import PARAMETER_TYPES, command_line, resolve_parameters, skipped_stages
+from nanochat.parameters import command_line
+from nanochat.settings import PARAMETER_TYPES, resolve_parameters, skipped_stages
 
 # %% [markdown]
 # Now the parameters are checked, and this process (one of several, under `torchrun`) takes its place.
@@ -412,9 +413,11 @@ if rank == 0:
 # %%
 from nanochat.dataloader import pack_rows_preview, tokenizing_distributed_data_loader_bos_bestfit
 from nanochat.engine import Engine
-from nanochat.checkpoint_manager import checkpoint_folder, load_model, read_meta
+from nanochat.checkpoint_files import read_meta
+from nanochat.checkpoint_manager import checkpoint_folder, load_model
 from nanochat.loss_eval import evaluate_bpb, every_byte_batches, first_texts
-from nanochat.base_train import pretrain, sample_text, summarize_training, training_times
+from nanochat.training_loop import summarize_training, training_times
+from nanochat.base_train import pretrain, sample_text
 from nanochat.tracking import open_tracker, read_secret, wandb_eval_record, wandb_train_record
 
 # %% [markdown]

@@ -37,7 +37,9 @@ from golf.codecs import (
     split_byte_planes,
     unpack_6bit,
 )
-from golf.gptq import StorageRule, StoredTensor, largest_code, quantize_state, role_of
+from golf.golf_gpt import role_of
+from golf.golf_settings import ARTIFACT_LIMIT_BYTES
+from golf.gptq import StorageRule, StoredTensor, largest_code, quantize_state
 from nanochat.runtime import UserError, write_atomic
 from nanochat.stages import named_leaves, plain_json
 
@@ -50,7 +52,6 @@ from nanochat.stages import named_leaves, plain_json
 ARTIFACT_MAGIC = b"GOLFMODL"
 ARTIFACT_VERSION = 1
 ARTIFACT_PREAMBLE = struct.Struct("<8sBBI32s")
-ARTIFACT_LIMIT_BYTES = 16_000_000
 ARTIFACT_RESERVE_BYTES = 30_000  # left free by the solvers: GPTQ codes compress a little differently
 
 
@@ -300,23 +301,6 @@ def artifact_size_rows(tensors: dict[str, StoredTensor], encoded: EncodedArtifac
     for row in rows.values():
         row["bits_per_weight"] = 8 * row["bytes"] / row["parameters"] if row["parameters"] else None
     return sorted(rows.values(), key=lambda row: -row["bytes"])
-
-
-def artifact_size_lines(rows: list[dict]) -> list[str]:
-    """The same as aligned text, with a sum."""
-    lines = [f"{'role':<36} {'tensors':>7} {'parameters':>11} {'bits':>4} {'bytes':>11} {'bits each':>9}"]
-    for row in rows:
-        each = f"{row['bits_per_weight']:.2f}" if row["bits_per_weight"] is not None else ""
-        bits = row["bits"] or ""
-        lines.append(
-            f"{row['role']:<36} {row['tensors']:>7} {row['parameters']:>11,} {bits:>4} {row['bytes']:>11,.0f} {each:>9}"
-        )
-    total = {key: sum(row[key] for row in rows) for key in ("tensors", "parameters", "bytes")}
-    each = f"{8 * total['bytes'] / total['parameters']:.2f}" if total["parameters"] else ""
-    lines.append(
-        f"{'all':<36} {total['tensors']:>7} {total['parameters']:>11,} {'':>4} {total['bytes']:>11,.0f} {each:>9}"
-    )
-    return lines
 
 
 def require_artifact_fits(

@@ -176,11 +176,9 @@ def codec_table(cases=CODEC_TABLE_CASES, rows: int = 256, columns: int = 1024, s
     return table
 
 
-def codec_lines(table: list[dict]) -> list[str]:
-    """The table as aligned text: bits per weight under each codec."""
-    columns = ["entropy", *CODEC_IDS, "dense", "relative_error"]
-    lines = [f"{'bits':>4} {'k':>6} " + " ".join(f"{column:>7}" for column in columns)]
-    for row in table:
-        cells = [f"{row[column]:>7.2f}" if row[column] is not None else f"{'':>7}" for column in columns[:-1]]
-        lines.append(f"{row['bits']:>4} {row['k']:>6.2f} {' '.join(cells)} {row['relative_error']:>14.3f}")
-    return lines
+CODEC_HEADER = ("bits", "k", "entropy", *CODEC_IDS, "dense 6-bit + zlib", "relative error")
+
+
+def codec_rows(table: list[dict]) -> list[tuple]:
+    """The table as rows under CODEC_HEADER: bits per weight under each codec."""
+    return [tuple(row.values()) for row in table]

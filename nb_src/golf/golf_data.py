@@ -87,7 +87,7 @@ class GolfData:
     @property
     def dataset_path(self) -> str:
         """DATA_PATH of the training scripts."""
-        return os.path.join(self.folder, "datasets", self.name)
+        return os.path.dirname(self.val_files[0])
 
     @property
     def documents_path(self) -> Path:
@@ -175,6 +175,24 @@ def open_golf_data(folder, variant: str = "sp1024", train_shards: int = -1) -> G
         tokenizer_path=str(folder / manifest_tokenizer_files(manifest, dataset)[0]),
         train_files=tuple(map(str, train_files[: train_shards if train_shards > 0 else None])),
         val_files=tuple(map(str, val_files)),
+    )  # fmt: skip
+
+
+def open_golf_shards(data_path, tokenizer_path, vocab_size: int, train_shards: int = -1, training=True) -> GolfData:
+    """The shards in a folder without a manifest, as DATA_PATH and TOKENIZER_PATH of the challenge name them.
+
+    training: whether training shards must be there; an evaluation needs none. Raises UserError.
+    """
+    tokenizer = load_golf_tokenizer(tokenizer_path, vocab_size)
+    files = {"val": token_shard_files(data_path, "val"), "train": ()}
+    if training:
+        files["train"] = token_shard_files(data_path, "train")[: train_shards if train_shards > 0 else None]
+    stats = {f"files_{split}": len(paths) for split, paths in files.items()}
+    stats |= {f"tokens_{split}": sum(map(shard_token_count, paths)) for split, paths in files.items()}
+    return GolfData(
+        name=Path(data_path).resolve().name, folder=str(Path(data_path).resolve().parent), stats=stats,
+        tokenizer_path=str(tokenizer_path), vocab_size=tokenizer.vocab_size,
+        train_files=tuple(map(str, files["train"])), val_files=tuple(map(str, files["val"])),
     )  # fmt: skip
 
 

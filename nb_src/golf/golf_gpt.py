@@ -12,6 +12,7 @@
 # Shapes in comments: B sequences, T tokens, C model width, H heads, D head width, V vocabulary.
 
 # %%
+import re
 from dataclasses import dataclass
 
 import torch
@@ -92,10 +93,14 @@ def last_positions(x, last: int | None):  # (B, T, C) -> (B, last, C)
     return x if last is None else x[:, -last:]
 
 
-def rotate_half_pairs(x, cos, sin):  # x (B, H, T, D); cos and sin (T, D/2) fp32
-    """Turn the channel pairs (i, i + D/2) by the angle of their position, in fp32; the dtype of x is kept."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).to(x.dtype)
+def rotate_half_pairs(x, cos, sin):  # x (B, H, T, D); cos and sin (T, R/2) fp32, R = D or less
+    """Turn the channel pairs (i, i + R/2) by the angle of their position, in fp32; the dtype of x is kept.
+
+    Channels from R on stay as they are.
+    """
+    half = cos.size(-1)
+    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest], dim=-1).to(x.dtype)
 
 
 # %% [markdown]
@@ -166,7 +171,8 @@ class GolfAttention(nn.Module):
     def heads(self, x):  # (B, T, H·D) -> (B, H, T, D)
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def forward(self, h, cos, sin, last: int | None = None):  # (B, T, C) -> (B, T or last, C)
+    def attend(self, h, cos, sin, last: int | None = None):  # (B, T, C) -> (B, H, T or last, D), (B, Hkv, T, D)
+        """What each head gathers, and the values that it gathers from."""
         T, n = h.size(1), last or h.size(1)
         q = rms_normalise(self.heads(self.c_q(last_positions(h, last))))
         k, v = rms_normalise(self.heads(self.c_k(h))), self.heads(self.c_v(h))
@@ -174,7 +180,10 @@ class GolfAttention(nn.Module):
         k = rotate_half_pairs(k, cos, sin)
         # with fewer queries than keys torch's own causal mask would align their beginnings, not their ends
         mask = None if n == T else torch.ones(n, T, dtype=torch.bool, device=h.device).tril(T - n)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.grouped)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.grouped), v
+
+    def forward(self, h, cos, sin, last: int | None = None):  # (B, T, C) -> (B, T or last, C)
+        y, _ = self.attend(h, cos, sin, last)
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
@@ -200,6 +209,8 @@ class GolfMLP(nn.Module):
 class GolfBlock(nn.Module):
     """One layer: attention, then MLP. Golf spec section 2.2."""
 
+    parallel = False  # whether attention and MLP read the same input
+
     def __init__(self, config: GolfShape):
         super().__init__()
         C = config.model_dim
@@ -216,6 +227,20 @@ class GolfBlock(nn.Module):
         x = self.mixed(x, x0)
         x = last_positions(x, last) + self.attn_scale.to(x.dtype) * self.attn(rms_normalise(x), cos, sin, last)
         return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_normalise(x))
+
+
+# %% [markdown]
+# ### `GolfHead`
+# The last product is a module although it has no weights of its own: what listens at the layers of a model, or adds
+# to them, can then treat the head like any other.
+
+
+# %%
+class GolfHead(nn.Module):
+    """Hidden states (..., C) times a vocabulary of rows, (V, C): logits (..., V) before the softcap."""
+
+    def forward(self, hidden, weight):
+        return F.linear(hidden, weight.to(hidden.dtype))
 
 
 # %% [markdown]
@@ -240,6 +265,7 @@ class GolfModel(nn.Module):
         if config.tie_embeddings:
             nn.init.normal_(self.tok_emb.weight, std=config.tied_embed_init_std)
         self.lm_head = None if config.tie_embeddings else GolfLinear(config.model_dim, config.vocab_size, zero=True)
+        self.unembed = GolfHead()
 
     def embed(self, ids):  # (B, T) -> (B, T, C)
         """x0: the normalised embedding, to which every block can go back."""
@@ -249,7 +275,7 @@ class GolfModel(nn.Module):
         """The logits in fp32, held softly within ±logit_softcap."""
         weight = (self.lm_head or self.tok_emb).weight
         cap = self.config.logit_softcap
-        return cap * torch.tanh(F.linear(hidden, weight.to(hidden.dtype)).float() / cap)
+        return cap * torch.tanh(self.unembed(hidden, weight).float() / cap)
 
     def forward(self, ids, targets=None, reduction: str = "mean", last: int | None = None, **how):
         """Logits (B, T, V) fp32; with targets the cross-entropy in nats, a scalar or with reduction "none" (B, T).
@@ -300,7 +326,7 @@ class GolfGPT(GolfModel):
 
 # %%
 CONTROL_TENSOR_NAME_PATTERNS = (
-    "attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weight", "log_alpha", "iter_embed",
+    "attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weight", "skip_gate", "log_alpha", "iter_embed",
 )  # fmt: skip
 
 
@@ -324,3 +350,8 @@ def parameter_roles(model: GolfModel, patterns=CONTROL_TENSOR_NAME_PATTERNS) -> 
             role = "matrix" if parameter.ndim == 2 and not is_control_tensor(name, patterns) else "scalar"
         roles[role][name] = parameter
     return roles
+
+
+def role_of(name: str) -> str:
+    """blocks.3.attn.c_q.weight → blocks.*.attn.c_q.weight: the same tensor of all layers is one role."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)

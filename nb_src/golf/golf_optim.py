@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from golf.golf_gpt import GolfModel, parameter_roles
+from golf.golf_gpt import CONTROL_TENSOR_NAME_PATTERNS, GolfModel, parameter_roles
 from nanochat.optim import MuonAdamW, all_gather_into, odd_polynomials
 from nanochat.runtime import UserError, is_ddp_initialized
 
@@ -175,13 +175,14 @@ def setup_golf_optimizer(
     adam_wd: float = 0.0,
     adam_betas: tuple[float, float] = (0.9, 0.95),
     adam_eps: float = 1e-8,
+    control_patterns: tuple[str, ...] = CONTROL_TENSOR_NAME_PATTERNS,
     compute_dtype: torch.dtype = torch.bfloat16,
 ) -> GolfOptimizer:
     """The optimizer of a golf model. Golf spec section 2.3; with decay and equalise_rows that of section 4.4.
 
     embed_lr and head_lr count when the head is not tied to the embedding, tied_embed_lr when it is.
     """
-    roles = {role: list(members.values()) for role, members in parameter_roles(model).items()}
+    roles = {role: list(members.values()) for role, members in parameter_roles(model, control_patterns).items()}
 
     def adam(params, lr, weight_decay):
         return dict(kind="adamw", params=params, lr=lr, betas=adam_betas, eps=adam_eps, weight_decay=weight_decay)
@@ -243,6 +244,12 @@ class WeightEMA:
         elif progress >= self.start_fraction:
             self.decay = ema_decay_for(self.longest, step, progress)
             self.shadow = {name: w.float().clone() for name, w in weights.items()}
+
+    def state_dict(self) -> dict:
+        return {"decay": self.decay, "shadow": self.shadow}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.decay, self.shadow = state["decay"], dict(state["shadow"])
 
     @torch.no_grad()
     def copy_to_model(self) -> None:

@@ -75,8 +75,8 @@ class TrainingClock:
         self.elapsed_ms = 0.0  # the agreed time after the last step
         self.stop_step: int | None = None  # set once, by the step after which the time was up
         self.counted, self.resumed = 0.0, None
-        shared = is_ddp_initialized() and self.cap_ms is not None
-        self.group = dist.new_group(backend="gloo") if shared and dist.get_backend() != "gloo" else None
+        on_gpus = is_ddp_initialized() and dist.get_backend() != "gloo"
+        self.group = dist.new_group(backend="gloo") if on_gpus else None  # for numbers that lie on the CPU
 
     def own_ms(self) -> float:
         """The training time by the clock of this process."""
@@ -93,18 +93,27 @@ class TrainingClock:
             torch.cuda.synchronize()
         self.counted, self.resumed = self.own_ms() / 1000, None
 
-    def step_done(self, step: int) -> None:
-        """Agree on the time after `step` steps, if there is a cap, and decide whether this was the last one."""
-        elapsed = torch.tensor(self.own_ms(), dtype=torch.float64)
-        if self.cap_ms is not None and is_ddp_initialized():
-            dist.all_reduce(elapsed, op=dist.ReduceOp.MAX, group=self.group)
-        self.elapsed_ms = elapsed.item()
+    def step_done(self, step: int, *flags: bool) -> list[bool]:
+        """Agree on the time after `step` steps and decide whether this was the last one.
+
+        flags: asked by this process (to stop, to save...); returned is what any process asked.
+        """
+        numbers = torch.tensor([self.own_ms(), *flags], dtype=torch.float64)
+        if is_ddp_initialized():
+            dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self.group)
+        self.elapsed_ms, *asked = numbers.tolist()
         if self.stop_step is None and self.cap_ms is not None and self.elapsed_ms >= self.cap_ms:
             self.stop_step = step
+        return [bool(flag) for flag in asked]
 
     def is_over(self, step: int) -> bool:
         """Whether no step may follow after `step` steps."""
         return step >= self.iterations or self.stop_step is not None
+
+    def seconds_left(self, step: int, ms_per_step: float) -> float:
+        """An estimate at this pace."""
+        left_ms = (self.iterations - step) * ms_per_step
+        return max(0.0, left_ms if self.cap_ms is None else min(left_ms, self.cap_ms - self.elapsed_ms)) / 1000
 
     def progress(self, step: int) -> float:
         """How much of the run is over after `step` steps, the same on all processes."""

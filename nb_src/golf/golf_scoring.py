@@ -11,6 +11,7 @@
 
 # %%
 import itertools
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,27 @@ def share_of_windows(windows: list, rank: int, world_size: int) -> list:
 
 
 # %% [markdown]
+# ### `report_scores`
+# Whoever wants to know what a scorer does hands it a watch. It hears of every score in the order in which they become
+# final, and may ask for the whole distribution behind a few of them, which the model then makes without knowing the
+# targets. (Chapter Legality has such a watch, and draws conclusions.)
+
+
+# %%
+def report_scores(watch, targets: range, nats, logits_of, where) -> None:
+    """Tell `watch` about the nats (n,) of n targets, and the log probabilities (V,) of those that it wants.
+
+    watch: has scored(targets, nats), a set `wanted` of targets, and distribution(target, log_probs).
+    logits_of()[where]: (n, V), made only when needed.
+    """
+    watch.scored(targets, nats)
+    if wanted := sorted(watch.wanted.intersection(targets)):
+        log_probs = logits_of()[where].float().log_softmax(-1)
+        for target in wanted:
+            watch.distribution(target, log_probs[target - targets.start])
+
+
+# %% [markdown]
 # ### `window_losses`
 # Many windows go through the model together, and it is asked for no more than the predictions that count. A short
 # window is filled up with token 0, which changes nothing because no prediction sees what comes after it, and a short
@@ -66,13 +88,15 @@ def share_of_windows(windows: list, rank: int, world_size: int) -> list:
 
 # %%
 @torch.no_grad()
-def window_losses(losses_of, stream, windows: list[ScoringWindow], length: int, batch_windows: int = 32, device=None):
+def window_losses(
+    losses_of, stream, windows: list[ScoringWindow], length: int, batch_windows: int = 32, device=None, watch=None
+):
     """Yield (targets, losses): a range of targets and the nats of each, fp32 (n,); in order, without gaps.
 
     losses_of(inputs, targets, last=n): inputs and targets (B, length) int64 -> nats (B, n) of the last n targets of
     each row; `functools.partial(model, reduction="none")` is one. stream: 1-D integer tensor on the CPU, targets + 1
     tokens. windows: consecutive ones of `scoring_windows`. device: of the model. Between two batches the caller may
-    train.
+    train. watch: hears of every batch (`report_scores`); for it losses_of must give logits when targets is None.
     """
     for skipped, same in itertools.groupby(windows, key=lambda window: window.first - window.start):
         group, last = list(same), length - skipped
@@ -88,7 +112,10 @@ def window_losses(losses_of, stream, windows: list[ScoringWindow], length: int, 
             rows = span[starts - low + torch.arange(length + 1)].to(device)
             losses = losses_of(rows[:, :-1], rows[:, 1:], last=last)
             counts = (starts + torch.arange(skipped, length) < ends).to(losses.device)
-            yield range(batch[0].first, high), losses[counts]
+            scored, losses = range(batch[0].first, high), losses[counts]
+            if watch is not None:
+                report_scores(watch, scored, losses, partial(losses_of, rows[:, :-1], None, last=last), counts)
+            yield scored, losses
 
 
 # %% [markdown]
@@ -98,13 +125,13 @@ def window_losses(losses_of, stream, windows: list[ScoringWindow], length: int, 
 
 # %%
 def score_stream(
-    losses_of, stream, byte_tables, length: int, stride: int | None = None, batch_windows: int = 32, device=None
+    losses_of, stream, byte_tables, length: int, stride: int | None = None, batch_windows=32, device=None, watch=None
 ) -> BpbSums:
     """Score every target of a stream once, in windows of `length` that slide by `stride` (None: disjoint blocks).
 
-    losses_of, stream, device: as for `window_losses`. byte_tables: base_bytes, has_leading_space and is_boundary, each
-    (V,); the sums are made in fp64 on the device where they lie. With several processes each scores its share; all must
-    call it, and all get the same sums. Golf spec sections 2.5 and 4.7.
+    losses_of, stream, device, watch: as for `window_losses`. byte_tables: base_bytes, has_leading_space and
+    is_boundary, each (V,); the sums are made in fp64 on the device where they lie. With several processes each scores
+    its share; all must call it, and all get the same sums. Golf spec sections 2.5 and 4.7.
     """
     windows = scoring_windows(len(stream) - 1, length, length if stride is None else stride)
     if is_ddp_initialized():
@@ -112,7 +139,7 @@ def score_stream(
     tables = ByteTables(*byte_tables)
     home = tables.base_bytes.device
     sums = BpbSums(home)
-    for targets, losses in window_losses(losses_of, stream, windows, length, batch_windows, device):
+    for targets, losses in window_losses(losses_of, stream, windows, length, batch_windows, device, watch):
         tokens = stream[targets.start : targets.stop + 1].to(home, torch.int64)
         sums.add(losses.to(home), tokens[:-1], tokens[1:], tables)
     return sums.sum_over_ranks()

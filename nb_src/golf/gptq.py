@@ -11,7 +11,6 @@
 
 # %%
 import math
-import re
 import warnings
 from dataclasses import dataclass
 
@@ -323,27 +322,3 @@ def gptq_table_row(name, rule, weight, nearest, codes, scales, hessian) -> dict:
     whole = output_errors(weight, nothing, scales, hessian).sum().clamp_min(torch.finfo(torch.float64).tiny)
     errors = [float(output_errors(weight, each, scales, hessian).sum() / whole) for each in (nearest, codes)]
     return dict(name=name, bits=rule.bits, sigmas=rule.sigmas, nearest=errors[0], gptq=errors[1])
-
-
-# %% [markdown]
-# ### `role_of`
-# The same matrix of all layers is one role: sizes and errors are told by role, and the codes of a role stand together
-# in the file.
-
-
-# %%
-def role_of(name: str) -> str:
-    """blocks.3.attn.c_q.weight → blocks.*.attn.c_q.weight"""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
-
-
-def gptq_lines(table: list[dict]) -> list[str]:
-    """The comparison as aligned text, one line per matrix."""
-    lines = [f"{'matrix':<36} {'bits':>4} {'k':>6} {'nearest':>10} {'GPTQ':>10} {'kept':>6}"]
-    for row in table:
-        kept = row["gptq"] / row["nearest"] if row["nearest"] else 1.0
-        lines.append(
-            f"{row['name']:<36} {row['bits']:>4} {row['sigmas']:>6.2f} {row['nearest']:>10.2e} {row['gptq']:>10.2e} "
-            f"{kept:>6.0%}"
-        )
-    return lines

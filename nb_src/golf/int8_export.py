@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from golf.golf_settings import ARTIFACT_LIMIT_BYTES
 from nanochat.runtime import UserError, get_dist_info, wait_for_everyone, write_atomic
 
 # %% [markdown]
@@ -177,7 +178,9 @@ def read_int8_model(path) -> dict[str, torch.Tensor]:
 
 # %% [markdown]
 # ### `export_int8`
-# Rank 0 writes, everybody waits, and then every rank reads the file back: what is scored is what was written.
+# Rank 0 writes, everybody waits, and then every rank reads the file back: what is scored is what was written. The floor
+# of the original makes the file smaller and the model worse, so it is the second choice; a file that is too large with
+# it too is not written at all.
 
 
 # %%
@@ -190,32 +193,48 @@ class Int8Sizes:
     payload: int  # codes, scales and kept tensors
     raw_torch: int  # what zlib was given
     payload_ratio: float  # float weights / payload
+    original_floor: bool
 
 
 def export_int8(
-    folder, state: dict[str, torch.Tensor], control_patterns: tuple[str, ...], original_floor: bool = False
-) -> tuple[dict[str, torch.Tensor], Int8Sizes | None]:
+    folder, state: dict[str, torch.Tensor], control_patterns: tuple[str, ...], floors: tuple[bool, ...] = (False,),
+    code_bytes: int = 0, limit_bytes: int = ARTIFACT_LIMIT_BYTES,
+) -> tuple[dict[str, torch.Tensor], Int8Sizes | None]:  # fmt: skip
     """Write final_model.pt and final_model.int8.ptz; returns the state dict read back from the second, and the sizes.
 
-    Every rank must call it; only rank 0 writes and gets sizes, the others get None. Spec section 2.7.
+    floors: original_floor of `int8_codes`, in the order in which to try; the first whose file fits is taken.
+    Every rank must call it; only rank 0 writes and gets sizes, the others get None. Raises UserError when nothing fits.
+    Spec sections 2.7 and 6 (2).
     """
     folder, sizes = Path(folder), None
     if get_dist_info()[1] == 0:
-        saved, counts = quantize_state_dict_int8(state, control_patterns, original_floor)
-        packed, raw_torch = int8_file_bytes(saved)
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_atomic(folder / "final_model.pt", buffer.getvalue())
+        for original_floor in floors:
+            saved, counts = quantize_state_dict_int8(state, control_patterns, original_floor)
+            packed, raw_torch = int8_file_bytes(saved)
+            over = len(packed) + code_bytes - limit_bytes
+            if over <= 0:
+                break
+        else:
+            raise UserError(
+                f"the model ({len(packed):,} bytes) and the code ({code_bytes:,}) are {over:,} bytes over the limit "
+                f"of {limit_bytes:,}. The largest tensors: {largest_tensors(state)}. Make the model "
+                f"{over / len(packed):.1%} smaller."
+            )
         write_atomic(folder / "final_model.int8.ptz", packed)
-        sizes = Int8Sizes(
-            raw_state=(folder / "final_model.pt").stat().st_size,
-            packed=(folder / "final_model.int8.ptz").stat().st_size,
-            payload=counts["payload_bytes"],
-            raw_torch=raw_torch,
-            payload_ratio=counts["float_bytes"] / max(counts["payload_bytes"], 1),
-        )
+        payload = counts["payload_bytes"]
+        ratio = counts["float_bytes"] / max(payload, 1)
+        sizes = Int8Sizes(len(buffer.getvalue()), len(packed), payload, raw_torch, ratio, original_floor)
     wait_for_everyone()
     return read_int8_model(folder / "final_model.int8.ptz"), sizes
+
+
+def largest_tensors(state: dict[str, torch.Tensor], count: int = 3) -> str:
+    """The names of the largest and their weights, for a message."""
+    largest = sorted(state, key=lambda name: -state[name].numel())[:count]
+    return ", ".join(f"{name} ({state[name].numel():,} weights)" for name in largest)
 
 
 # %% [markdown]

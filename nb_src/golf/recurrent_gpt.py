@@ -36,6 +36,7 @@ class RecurrentConfig(GolfShape):
     num_unique_layers: int = 3
     num_recurrences: int = 8
     iteration_embeddings: bool = True
+    parallel_residuals: bool = True  # False: the baseline's blocks, attention and then MLP
 
 
 # %% [markdown]
@@ -46,6 +47,8 @@ class RecurrentConfig(GolfShape):
 # %%
 class ParallelBlock(GolfBlock):
     """One layer in which attention and MLP read the same normalised stream. Golf spec section 4.3."""
+
+    parallel = True
 
     def forward(self, x, x0, cos, sin, last: int | None = None):  # (B, T, C) -> (B, T or last, C)
         x = self.mixed(x, x0)
@@ -66,14 +69,17 @@ class RecurrentGPT(GolfModel):
 
     def __init__(self, config: RecurrentConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__(config, compute_dtype)
-        self.blocks = nn.ModuleList(ParallelBlock(config) for _ in range(config.num_unique_layers))
+        block = ParallelBlock if config.parallel_residuals else GolfBlock
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.num_unique_layers))
+        self.looped_layers = range(config.num_unique_layers)
         rounds = config.num_recurrences if config.iteration_embeddings else 0
         self.iter_embed = nn.Parameter(torch.zeros(rounds, config.model_dim)) if rounds else None
+        self.depth = config.num_recurrences  # rounds of a forward pass that does not say how many
 
     def trunk(self, ids, last: int | None = None, depth: int | None = None):
-        """Hidden states after `depth` rounds (None: num_recurrences). Beyond the trained rounds the last embedding is
+        """Hidden states after `depth` rounds (None or 0: self.depth). Beyond the trained rounds the last embedding is
         used again."""
-        depth = depth or self.config.num_recurrences
+        depth = depth or self.depth
         cos, sin = self.rope(ids.size(1))
         x = x0 = self.embed(ids)
         for r in range(depth):

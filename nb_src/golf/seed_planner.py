@@ -13,62 +13,39 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from nanochat.runtime import UserError
 
 # %% [markdown]
 # ### `student_t_tail`
-# How often would chance alone give a t this large? The area under Student's curve is an incomplete beta function, and
-# that is a continued fraction: a dozen lines instead of a dependency.
+# How often would chance alone give a t this large? With t = √df · tan θ the area under Student's curve becomes the
+# integral of a power of a cosine, which Gauss's rule gives in five lines.
 
 # %%
 RECORD_MARGIN_NATS = 0.005  # per token
 RECORD_P = 0.01
-
-
-def regularised_incomplete_beta(a: float, b: float, x: float) -> float:
-    """I_x(a, b) for a, b > 0 and 0 <= x <= 1, by its continued fraction (modified Lentz)."""
-    if x <= 0.0 or x >= 1.0:
-        return float(x >= 1.0)
-    if x > (a + 1) / (a + b + 2):  # the fraction converges quickly on the other side only
-        return 1.0 - regularised_incomplete_beta(b, a, 1.0 - x)
-    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
-    tiny = 1e-300  # stands for a zero that would be divided by
-    c, d = 1.0, 1.0 / ((1.0 - (a + b) * x / (a + 1)) or tiny)
-    fraction = d
-    for m in range(1, 10_000):
-        for numerator in (
-            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
-            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
-        ):
-            d = 1.0 / ((1.0 + numerator * d) or tiny)
-            c = (1.0 + numerator / c) or tiny
-            fraction *= c * d
-        if abs(c * d - 1.0) < 1e-15:
-            break
-    return math.exp(log_front) * fraction / a
+GAUSS_NODES, GAUSS_WEIGHTS = np.polynomial.legendre.leggauss(200)  # on -1 to 1
 
 
 def student_t_tail(t: float, df: float) -> float:
-    """P(T > t) for Student's t with df > 0 degrees of freedom, which need not be whole."""
-    if not df > 0 or math.isnan(t):
-        raise UserError(f"Student's t needs a number and degrees of freedom above 0, not t = {t} with df = {df}.")
-    if math.isinf(t):
-        return 0.0 if t > 0 else 1.0
-    if t * t < df:  # near the middle 1 - I of the complement keeps the digits
-        half = 0.5 - 0.5 * regularised_incomplete_beta(0.5, df / 2, t * t / (df + t * t))
-    else:
-        half = 0.5 * regularised_incomplete_beta(df / 2, 0.5, df / (df + t * t))
-    return half if t >= 0 else 1.0 - half
+    """P(T > t) for Student's t with df >= 1 degrees of freedom, which need not be whole; to about 1e-8."""
+    if not df >= 1 or math.isnan(t):
+        raise UserError(f"Student's t needs a number and 1 or more degrees of freedom, not t = {t} with df = {df}.")
+    angle = math.atan(t / math.sqrt(df))
+    area = angle / 2 * float(GAUSS_WEIGHTS @ np.cos(angle * (GAUSS_NODES + 1) / 2) ** (df - 1))
+    norm = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
+    return min(max(0.5 - area * norm, 0.0), 1.0)
 
 
 def student_t_critical(p: float, df: float) -> float:
-    """The t that chance exceeds with probability p, 0 < p <= 0.5, by bisection."""
-    if not 0 < p <= 0.5:
-        raise UserError(f"p is {p}, but the probability of a tail lies above 0 and is at most 0.5.")
+    """The t that chance exceeds with probability p, by bisection."""
+    if not 1e-6 <= p <= 0.5:
+        raise UserError(f"p is {p}, but the probability of a tail has to lie between 0.000001 and 0.5.")
     low, high = 0.0, 1.0
     while student_t_tail(high, df) > p:
         low, high = high, 2 * high
-    for _ in range(200):
+    for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if student_t_tail(middle, df) > p else (low, middle)
     return (low + high) / 2
@@ -157,6 +134,18 @@ def welch_test(values, previous, margin: float, unit: str = "nats", name: str = 
     return TTest(name, unit, reference, mean, sd, len(values), t, df, student_t_tail(t, df))
 
 
+T_TEST_HEADER = ("test", "unit", "has to be below", "mean", "t", "df", "p")
+
+
+def t_test_rows(tests: list[TTest]) -> list[tuple[str, ...]]:
+    """One row for each test, under T_TEST_HEADER."""
+    return [
+        (test.name, test.unit, f"{test.reference:.5f}", f"{test.mean:.5f}")
+        + (f"{test.t:.2f}", f"{test.df:.1f}", f"{test.p:.4f}")
+        for test in tests
+    ]
+
+
 # %% [markdown]
 # ### `significance_table`
 # The results of all seeds against the record, in both units. Three things are refused because they make the number
@@ -199,9 +188,7 @@ def refuse_mixed_results(results, whose: str = "the results") -> float:
     return math.fsum(ratios) / len(ratios)
 
 
-def significance_table(
-    results, previous, margin_nats: float = RECORD_MARGIN_NATS, trained_seeds=None
-) -> tuple[list[TTest], str]:
+def significance_table(results, previous, trained_seeds=None) -> tuple[list[TTest], str]:
     """([tests in nats and in bits per byte], one sentence that decides by the official one).
 
     results, previous: lists of SeedResult; a single previous result is taken as an exact number.
@@ -216,7 +203,7 @@ def significance_table(
         )
     tests = []
     for unit in ("nats", "bpb"):
-        margin = margin_nats if unit == "nats" else nats_to_bpb(margin_nats, bytes_per_token)
+        margin = RECORD_MARGIN_NATS if unit == "nats" else nats_to_bpb(RECORD_MARGIN_NATS, bytes_per_token)
         ours, theirs = ([getattr(result, unit) for result in group] for group in (results, previous))
         reference = mean_and_sd(theirs)[0] - margin
         tests.append(one_sample_test(ours, reference, unit, "against the record's mean less the margin"))
@@ -224,7 +211,7 @@ def significance_table(
             tests.append(welch_test(ours, theirs, margin, unit, "Welch against the record's seeds"))
     official = tests[0]
     verdict = "clears" if official.p < RECORD_P and official.t > 0 else "does not clear"
-    sentence = f"{verdict} the rule of {margin_nats} nats at p < {RECORD_P}: p = {official.p:.4f} in nats"
+    sentence = f"{verdict} the rule of {RECORD_MARGIN_NATS} nats at p < {RECORD_P}: p = {official.p:.4f} in nats"
     if abs(previous_ratio / bytes_per_token - 1) > 2e-5:
         sentence += (
             f"; the texts differ ({bytes_per_token:.5f} and {previous_ratio:.5f} bytes per token), so nats do not "
@@ -241,13 +228,16 @@ def significance_table(
 
 
 # %%
-def seeds_needed(
-    effect: float, sd: float, p: float = RECORD_P, margin: float = RECORD_MARGIN_NATS, at_most: int = 1000
-) -> int:
-    """The smallest n with critical_t(p, n - 1) * sd / sqrt(n) <= effect - margin.
+def slack_needed(n: int, p: float = RECORD_P) -> float:
+    """How many standard deviations beyond the margin n seeds have to be, e.g. 4.02 for three. Spec section 8."""
+    return student_t_critical(p, n - 1) / math.sqrt(n)
+
+
+def seeds_needed(effect: float, sd: float, p: float = RECORD_P, margin: float = RECORD_MARGIN_NATS) -> int:
+    """The smallest n with slack_needed(n) * sd <= effect - margin.
 
     effect: how far below the record the mean is expected. All in one unit, nats unless margin is converted too.
-    Raises UserError when no number of seeds up to `at_most` is enough. Spec section 8, check 11.
+    Raises UserError when no number of seeds up to 1,000 is enough. Spec section 8, check 11.
     """
     if not sd > 0:
         raise UserError(f"sd is {sd}, but runs scatter: give a standard deviation above 0.")
@@ -256,12 +246,20 @@ def seeds_needed(
         raise UserError(
             f"an effect of {effect} is within the margin of {margin}: no number of seeds makes it a record."
         )
-    for n in range(2, at_most + 1):
-        if student_t_critical(p, n - 1) * sd / math.sqrt(n) <= slack:
+    for n in range(2, 1001):
+        if slack_needed(n, p) * sd <= slack:
             return n
-    raise UserError(f"{slack:.3g} beyond the margin at a scatter of {sd:.3g} needs more than {at_most} seeds.")
+    raise UserError(f"{slack:.3g} beyond the margin at a scatter of {sd:.3g} needs more than 1,000 seeds.")
 
 
-def slack_needed(n: int, p: float = RECORD_P) -> float:
-    """How many standard deviations beyond the margin n seeds have to be, e.g. 4.02 for three. Spec section 8."""
-    return student_t_critical(p, n - 1) / math.sqrt(n)
+SEED_PLAN_HEADER = ("seeds", "critical t", "scatters beyond the margin", "nats below the record", "bits per byte below")
+
+
+def seed_plan_rows(sd: float, bytes_per_token: float, seeds=(2, 3, 4, 5, 6, 8, 10)) -> list[tuple]:
+    """What so many seeds have to gain to be a record when runs scatter by `sd` nats; under SEED_PLAN_HEADER."""
+    rows = []
+    for n in seeds:
+        effect = RECORD_MARGIN_NATS + slack_needed(n) * sd
+        gains = (f"{effect:.4f}", f"{nats_to_bpb(effect, bytes_per_token):.4f}")
+        rows.append((n, f"{student_t_critical(RECORD_P, n - 1):.3f}", f"{slack_needed(n):.2f}", *gains))
+    return rows

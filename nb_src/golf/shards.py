@@ -143,6 +143,18 @@ class TokenStream:
 
 
 # %%
+def slice_tokens(batch_tokens: int, seq_len: int, slices: int) -> int:
+    """Inputs in each of the equal slices of a step. Raises UserError when whole sequences do not come out even."""
+    unit = slices * seq_len
+    if batch_tokens < unit or batch_tokens % unit:
+        nearest = sorted({max(unit, batch_tokens // unit * unit), (batch_tokens // unit + 1) * unit})
+        raise UserError(
+            f"TRAIN_BATCH_TOKENS {batch_tokens} is not a multiple of {slices} slices × {seq_len} tokens = {unit}. "
+            f"Nearest that work: {', '.join(map(str, nearest))}."
+        )
+    return batch_tokens // slices
+
+
 class DistributedTokenLoader:
     """Batches for one rank, from the start of the stream. `position` is all its state: set it to go on from there.
 
@@ -158,15 +170,7 @@ class DistributedTokenLoader:
 
         batch_tokens: inputs of a whole step, over all ranks and micro-steps. Raises UserError when it cannot be split.
         """
-        unit = self.world_size * grad_accum_steps * seq_len
-        if batch_tokens < unit or batch_tokens % unit:
-            nearest = sorted({max(unit, batch_tokens // unit * unit), (batch_tokens // unit + 1) * unit})
-            raise UserError(
-                f"TRAIN_BATCH_TOKENS {batch_tokens} is not a multiple of {self.world_size} processes × "
-                f"{grad_accum_steps} micro-steps × {seq_len} tokens = {unit}. Nearest that work: "
-                f"{', '.join(map(str, nearest))}."
-            )
-        local = batch_tokens // (self.world_size * grad_accum_steps)
+        local = slice_tokens(batch_tokens, seq_len, self.world_size * grad_accum_steps)
         tokens = self.stream.read(self.position + self.rank * (local + 1), local + 1)
         self.position = (self.position + (local + 1) * self.world_size) % len(self.stream)
         tokens = torch.from_numpy(tokens.astype(np.int64)).to(self.device)

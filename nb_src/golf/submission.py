@@ -18,17 +18,21 @@ from pathlib import Path
 
 import torch
 
-from golf.seed_planner import SeedResult, mean_and_sd, refuse_mixed_results, significance_table
+from golf.golf_settings import ARTIFACT_LIMIT_BYTES
+from golf.seed_planner import (
+    T_TEST_HEADER,
+    SeedResult,
+    mean_and_sd,
+    refuse_mixed_results,
+    significance_table,
+    t_test_rows,
+)
 from golf.submission_linter import (
     RECORD_TRACK,
-    SUBMISSION_LIMIT_BYTES,
     SUBMISSION_SCRIPT,
-    TIME_LIMIT_SECONDS,
     TrainingLog,
     lint_submission,
     parse_training_log,
-    parsed_script,
-    same_setting,
 )
 from nanochat.runtime import UserError, get_dist_info, write_atomic
 from nanochat.stages import plain_json
@@ -39,6 +43,7 @@ from nanochat.stages import plain_json
 
 # %%
 NON_RECORD_TRACK = "track_non_record_16mb"
+TIME_LIMIT_SECONDS = 600  # training, and evaluation again
 
 
 @dataclass(frozen=True)
@@ -60,82 +65,72 @@ class SubmissionCard:
     track: str = NON_RECORD_TRACK
 
 
-@dataclass(frozen=True)
-class SubmissionRun:
-    """One trained seed. log: its path, or its text. model: path of the compressed model, if it is still at hand.
-
-    script_sha256: of the script that ran, for a log that holds neither the script nor a script_sha256 line.
-    """
-
-    log: str | bytes | Path
-    model: str | Path | None = None
-    script_sha256: str = ""
-
-
 # %% [markdown]
-# ### `read_runs`
-# Measure first, then judge: all faults are collected, so that one look shows everything that is missing.
-
+# ### `measure_run`
+# A run is the folder that a training leaves: its log, the script that ran, and the model that was scored. Measure
+# first, then judge: all faults are collected, so that one look shows everything that is missing.
 
 # %%
+RUN_LOG = "train.log"
+RUN_ARTIFACTS = ("final_model.int8.ptz", "final_model.golf")
+
+
 @dataclass
 class MeasuredRun:
-    """A run with its sizes in bytes; parsed: its log."""
+    """One trained seed, with its sizes in bytes. artifact_bytes: model and script."""
 
-    data: bytes
-    parsed: TrainingLog
+    data: bytes  # of the log
+    log: TrainingLog
+    script: bytes
     model_bytes: int
     artifact_bytes: int
-    script_sha256: str
+
+    @property
+    def script_sha256(self) -> str:
+        return hashlib.sha256(self.script).hexdigest()
+
+    @property
+    def log_name(self) -> str:
+        return f"train_seed{self.log.seed}.log"
 
 
-def read_runs(runs, script: bytes, script_sha256: str) -> tuple[list[MeasuredRun], list[str]]:
-    """(the runs, by seed; everything that speaks against them). script: as it will be shipped."""
-    measured, faults = [], []
-    for number, run in enumerate(runs, 1):
-        text_given = isinstance(run.log, bytes) or (isinstance(run.log, str) and "\n" in run.log)
-        if not text_given and not Path(run.log).is_file():
-            faults.append(f"there is no log {run.log}")
-            continue
-        data = (run.log.encode() if isinstance(run.log, str) else run.log) if text_given else Path(run.log).read_bytes()
-        log = parse_training_log(data, f"log {number}" if text_given else Path(run.log).name)
-        unsaid = {
-            "seed": log.seed,
-            "final score": log.result,
-            "number of steps": log.steps,
-            "training time": log.train_ms,
-        }
-        unsaid = [what for what, value in unsaid.items() if value is None]
-        model_bytes = log.model_bytes
-        if run.model is not None and not Path(run.model).is_file():
-            faults.append(f"there is no model {run.model}")
-        elif run.model is not None:
-            model_bytes = Path(run.model).stat().st_size
-            if log.model_bytes not in (None, model_bytes):
-                faults.append(f"{log.name} names a model of {log.model_bytes:,} bytes, {run.model} has {model_bytes:,}")
-        elif model_bytes is None:
-            unsaid.append("size of the model")
-        if unsaid:
-            faults.append(f"{log.name} does not say: {', '.join(unsaid)}")
-        if log.code_bytes not in (None, len(script)):
-            faults.append(f"{log.name} counts {log.code_bytes:,} bytes of code, the script has {len(script):,}")
-        sha256 = log.script_sha256 or run.script_sha256
-        if not sha256:
-            faults.append(f"{log.name} does not show which script wrote it: give script_sha256")
-        elif sha256 != script_sha256:
-            faults.append(
-                f"{log.name} was written by script {sha256[:12]}…, not by the one to ship, {script_sha256[:12]}…"
-            )
-        total = (model_bytes or 0) + len(script)
-        if total > SUBMISSION_LIMIT_BYTES:
-            faults.append(
-                f"{log.name}: {model_bytes:,} bytes of model + {len(script):,} of code = {total:,}, "
-                f"{total - SUBMISSION_LIMIT_BYTES:,} over the limit of {SUBMISSION_LIMIT_BYTES:,}"
-            )
-        if not unsaid:
-            measured.append(MeasuredRun(data, log, model_bytes, total, sha256))
-    measured.sort(key=lambda run: run.parsed.seed)
-    return measured, faults
+def measure_run(folder) -> tuple[MeasuredRun | None, list[str]]:
+    """(the run, everything that speaks against it). None when files or numbers are missing."""
+    folder = Path(folder)
+    models = [folder / name for name in RUN_ARTIFACTS if (folder / name).is_file()]
+    absent = [name for name in (RUN_LOG, SUBMISSION_SCRIPT) if not (folder / name).is_file()]
+    absent += [] if models else [" or ".join(RUN_ARTIFACTS)]
+    if absent or len(models) > 1:
+        return None, [f"{folder} has no {name}" for name in absent] or [f"{folder} has two models: remove one"]
+    data = (folder / RUN_LOG).read_bytes()
+    log = parse_training_log(data, f"the log of {folder.name}")
+    said = {
+        "seed": log.seed, "final score": log.result, "number of steps": log.steps, "training time": log.train_ms,
+        "hash of its script (a line script_sha256:...)": log.script_sha256 or None,
+    }  # fmt: skip
+    unsaid = [what for what, value in said.items() if value is None]
+    if unsaid:
+        return None, [f"{log.name} does not say: {', '.join(unsaid)}"]
+    script, model_bytes = (folder / SUBMISSION_SCRIPT).read_bytes(), models[0].stat().st_size
+    run = MeasuredRun(data, log, script, model_bytes, model_bytes + len(script))
+    faults = []
+    for what, logged, size in (
+        ("a model", log.sizes.get("model"), model_bytes),
+        ("a script", log.sizes.get("code"), len(script)),
+    ):
+        if logged not in (None, size):
+            faults.append(f"{log.name} names {what} of {logged:,} bytes, the file has {size:,}")
+    if log.script_sha256 != run.script_sha256:
+        faults.append(
+            f"{log.name} was written by script {log.script_sha256[:12]}…, beside it lies {run.script_sha256[:12]}…"
+        )
+    over = run.artifact_bytes - ARTIFACT_LIMIT_BYTES
+    if over > 0:
+        faults.append(
+            f"{folder.name}: {model_bytes:,} bytes of model + {len(script):,} of code = {run.artifact_bytes:,}, "
+            f"{over:,} over the limit of {ARTIFACT_LIMIT_BYTES:,}"
+        )
+    return run, faults
 
 
 # %% [markdown]
@@ -145,24 +140,22 @@ def read_runs(runs, script: bytes, script_sha256: str) -> tuple[list[MeasuredRun
 
 
 # %%
-def submission_json(
-    card: SubmissionCard, runs: list[MeasuredRun], script_bytes: int, pytorch: str, claims: dict
-) -> dict:
+def submission_json(card: SubmissionCard, runs: list[MeasuredRun], pytorch: str, claims: dict) -> dict:
     """The content of submission.json. claims: what the author vouches for, e.g. {"score_first_ttt": True}."""
-    nats, bpb = ([float(run.parsed.result[column]) for run in runs] for column in (1, 2))
+    nats, bpb = ([float(run.log.result[column]) for run in runs] for column in (0, 1))
     seed_results = {
-        str(run.parsed.seed): {
-            "val_loss": float(run.parsed.result[1]),
-            "val_bpb": float(run.parsed.result[2]),
+        str(run.log.seed): {
+            "val_loss": float(run.log.result[0]),
+            "val_bpb": float(run.log.result[1]),
             "artifact_bytes": run.artifact_bytes,
-            "steps": run.parsed.steps,
+            "steps": run.log.steps,
         }
         for run in runs
     }
     measured = {
-        "train_under_600s": all(float(run.parsed.train_ms) <= TIME_LIMIT_SECONDS * 1000 for run in runs),
-        "artifact_under_16mb": all(run.artifact_bytes <= SUBMISSION_LIMIT_BYTES for run in runs),
-        "eval_under_600s": all(run.parsed.evaluation_ms <= TIME_LIMIT_SECONDS * 1000 for run in runs),
+        "train_under_600s": all(float(run.log.train_ms) <= TIME_LIMIT_SECONDS * 1000 for run in runs),
+        "artifact_under_16mb": all(run.artifact_bytes <= ARTIFACT_LIMIT_BYTES for run in runs),
+        "eval_under_600s": all(run.log.evaluation_ms <= TIME_LIMIT_SECONDS * 1000 for run in runs),
         "three_seeds": len(runs) >= 3,
     }
     several = len(runs) > 1
@@ -178,8 +171,8 @@ def submission_json(
         "val_loss_std": round(mean_and_sd(nats)[1], 8) if several else None,
         "val_bpb_std": round(mean_and_sd(bpb)[1], 8) if several else None,
         "bytes_total": max(run.artifact_bytes for run in runs),
-        "bytes_code": script_bytes,
-        "seeds": [run.parsed.seed for run in runs],
+        "bytes_code": len(runs[0].script),
+        "seeds": [run.log.seed for run in runs],
         "seed_results": seed_results,
         "hardware": card.hardware,
         "pytorch_version": pytorch,
@@ -201,7 +194,7 @@ def readme_table(head: list[str], rows) -> str:
 
 
 def submission_readme(
-    card: SubmissionCard, runs: list[MeasuredRun], content: dict, hyperparameters: dict, sha256: str, previous=()
+    card: SubmissionCard, runs: list[MeasuredRun], content: dict, hyperparameters: dict, previous=()
 ) -> str:
     """README.md. content: of submission.json. previous: SeedResult list of the record to beat."""
     score = f"{content['val_bpb']:.8f} bits per byte, {content['val_loss']:.8f} nats per token"
@@ -210,8 +203,8 @@ def submission_readme(
         score += f" (mean of {len(runs)} seeds; sample standard deviation {deviation})"
     rows = [
         (
-            run.parsed.seed, f"{run.parsed.steps:,}", f"{float(run.parsed.train_ms) / 1000:.1f}", run.parsed.result[1],
-            run.parsed.result[2], f"{run.model_bytes:,}", f"{run.artifact_bytes:,}", f"`{log_name(run)}`",
+            run.log.seed, f"{run.log.steps:,}", f"{float(run.log.train_ms) / 1000:.1f}", run.log.result[0],
+            run.log.result[1], f"{run.model_bytes:,}", f"{run.artifact_bytes:,}", f"`{run.log_name}`",
             f"`{run.script_sha256}`",
         )
         for run in runs
@@ -224,18 +217,17 @@ def submission_readme(
         card.story,
         "## Results",
         f"Each log was written by the script whose sha256 stands beside it; that of `{SUBMISSION_SCRIPT}` here is "
-        f"`{sha256}`.",
+        f"`{runs[0].script_sha256}`.",
         readme_table(head, rows),
         f"- Code size: {content['bytes_code']:,} bytes (`{SUBMISSION_SCRIPT}` as shipped)\n"
         f"- Hardware: {card.hardware}; PyTorch {content['pytorch_version']}",
     ]
     if previous and len(runs) > 1:
         tests, sentence = significance_table(seed_results_of(runs), list(previous))
-        cells = [(t.name, t.unit, f"{t.reference:.8f}", f"{t.t:.2f}", f"{t.df:.1f}", f"{t.p:.4f}") for t in tests]
         text += [
             "## Significance",
             f"Against {len(previous)} published results, one-sided; this {sentence}.",
-            readme_table(["test", "unit", "reference", "t", "df", "p"], cells),
+            readme_table(list(T_TEST_HEADER), t_test_rows(tests)),
         ]
     settings = [(f"`{name}`", f"`{value}`") for name, value in hyperparameters.items()]
     text += ["## Every hyper-parameter, as it took effect", readme_table(["name", "value"], settings)]
@@ -243,22 +235,9 @@ def submission_readme(
     return "\n\n".join(part for part in text if part) + "\n"
 
 
-def log_name(run: MeasuredRun) -> str:
-    return f"train_seed{run.parsed.seed}.log"
-
-
 def seed_results_of(runs: list[MeasuredRun]) -> list[SeedResult]:
     """The runs as the seed planner wants them."""
-    return [
-        SeedResult(
-            run.parsed.seed,
-            float(run.parsed.result[1]),
-            float(run.parsed.result[2]),
-            run.script_sha256,
-            run.parsed.targets,
-        )
-        for run in runs
-    ]
+    return [SeedResult(run.log.seed, *map(float, run.log.result), run.script_sha256, run.log.targets) for run in runs]
 
 
 # %% [markdown]
@@ -273,35 +252,23 @@ def refuse_submission(faults: list[str]) -> None:
         raise UserError("the submission is not complete:\n" + "\n".join(f"- {fault}" for fault in faults))
 
 
-def setting_faults(hyperparameters: dict, runs: list[MeasuredRun]) -> list[str]:
-    """Where the stated hyper-parameters contradict what a log printed."""
-    return [
-        f"{name} is {value} by the hyper-parameters and {printed} in the log of seed {run.parsed.seed}"
-        for run in runs
-        for name, value in hyperparameters.items()
-        if (printed := run.parsed.settings.get(name.lower())) is not None
-        and name.lower() != "seed"
-        and not same_setting(str(printed), str(value))
-    ]
+def same_setting(a: str, b: str) -> bool:
+    try:
+        return float(a) == float(b)
+    except ValueError:
+        words = {"true": "1", "false": "0"}
+        return words.get(a.lower(), a) == words.get(b.lower(), b)
 
 
 def write_submission(
-    root,
-    card: SubmissionCard,
-    script: str | Path,
-    runs,
-    hyperparameters: dict,
-    requirements=(),
-    compliance=None,
-    previous=(),
+    root, card: SubmissionCard, runs, hyperparameters: dict, requirements=(), compliance=None, previous=()
 ) -> Path:
     """Write root/records/<track>/<date>_<folder>/ and return it; an earlier one of that name is replaced.
 
-    script: path of the flat script (`tools/nb_convert.py script`), or its text. runs: SubmissionRun list, one for each
-    seed that was trained. hyperparameters: every one, with the value that took effect. requirements: lines of
-    requirements.txt. compliance: what the author vouches for. previous: SeedResult list of the record to beat.
-    Raises UserError with all faults when something is missing, contradicts a log, or is over the limit. Only rank 0
-    writes. Spec sections 0.1, 3.4.
+    runs: folders, one for each seed that was trained, each with train.log, train_gpt.py and the artifact.
+    hyperparameters: every one, with the value that took effect. requirements: lines of requirements.txt. compliance:
+    what the author vouches for. previous: SeedResult list of the record to beat. Raises UserError with all faults when
+    something is missing, contradicts a log, or is over the limit. Only rank 0 writes. Spec sections 0.1, 3.4.
     """
     final = Path(root) / "records" / card.track / f"{card.date}_{card.folder}"
     if get_dist_info()[1] != 0:
@@ -313,34 +280,42 @@ def write_submission(
         faults.append(f"the date is {card.date!r}, not YYYY-MM-DD")
     if not re.fullmatch(r"\w[\w.+-]*", card.folder, re.A):
         faults.append(f"the folder's name {card.folder!r} may hold letters, digits and _ . + - only")
-    is_path = isinstance(script, Path) or "\n" not in script
-    if is_path and not Path(script).is_file():
-        refuse_submission([*faults, f"there is no script {script}: make it with tools/nb_convert.py script"])
-    code = Path(script).read_bytes() if is_path else script.encode("utf-8")
-    if parsed_script(code.decode("utf-8", "replace")) is None:
-        faults.append("the script is not Python")
     if not hyperparameters:
         faults.append("no hyper-parameters are given")
+    measured = []
+    for folder in runs:
+        run, of_run = measure_run(folder)
+        measured += [run] if run else []
+        faults += of_run
+    measured.sort(key=lambda run: run.log.seed)
+    for run in measured:
+        for name, value in hyperparameters.items():
+            printed = run.log.settings.get(name.lower())
+            first_word = " ".join(str(value).split()[:1]).rstrip(",")  # a log line ends a value at the first space
+            if name.lower() != "seed" and printed is not None and not same_setting(printed, first_word):
+                faults.append(f"{name} is {value} by the hyper-parameters and {printed} in {run.log.name}")
     if not runs:
         faults.append("there is no run")
-    sha256 = hashlib.sha256(code).hexdigest()
-    measured, of_runs = read_runs(runs, code, sha256)
-    faults += of_runs + setting_faults(hyperparameters, measured)
-    if measured:
+    elif measured:
         try:
             refuse_mixed_results(seed_results_of(measured), "the runs")
         except UserError as error:
             faults.append(str(error))
     refuse_submission(faults)
-    pytorch = measured[0].parsed.pytorch_version or torch.__version__
-    content = submission_json(card, measured, len(code), pytorch, dict(compliance or {}))
-    denied = [f"compliance claims {key}, measured it is {content['compliance'][key]}"
-              for key, claim in (compliance or {}).items() if content["compliance"][key] != claim]  # fmt: skip
-    refuse_submission(denied)
-    files = {log_name(run): run.data for run in measured} | {
-        SUBMISSION_SCRIPT: code,
+    pytorch = measured[0].log.pytorch_version or torch.__version__
+    content = submission_json(card, measured, pytorch, dict(compliance or {}))
+    found = content["compliance"].items()
+    refuse_submission(
+        [
+            f"compliance claims {key}, measured it is {value}"
+            for key, value in found
+            if (compliance or {}).get(key, value) != value
+        ]
+    )
+    files = {run.log_name: run.data for run in measured} | {
+        SUBMISSION_SCRIPT: measured[0].script,
         "submission.json": json.dumps(plain_json(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-        "README.md": submission_readme(card, measured, content, hyperparameters, sha256, previous),
+        "README.md": submission_readme(card, measured, content, hyperparameters, previous),
         "requirements.txt": "".join(f"{line}\n" for line in requirements),
     }
     place_folder(final, {name: data for name, data in files.items() if data}, previous)

@@ -13,32 +13,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nanochat.base_train import (
-    AUTOSAVE_SECONDS,
-    StopRequest,
-    TrainLog,
-    TrainMeter,
-    build_for_training,
-    collect_garbage,
-    collector_on_call,
-    compile_for_training,
-    find_resumable,
-    gather_loader_states,
-    set_schedules,
-    synchronize,
-)
-from nanochat.checkpoint_manager import (
-    checkpoint_folder,
+from nanochat.base_train import build_for_training, compile_for_training, gather_loader_states, set_schedules
+from nanochat.checkpoint_files import (
     checkpoint_name,
     checkpoint_path,
-    config_from_meta,
     delete_old_checkpoints,
     gather_numbers,
     load_checkpoint,
-    locate_checkpoint,
     read_meta,
     save_checkpoint,
 )
+from nanochat.checkpoint_manager import checkpoint_folder, config_from_meta, locate_checkpoint
 from nanochat.dataloader import LANES
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
@@ -47,6 +32,16 @@ from nanochat.runtime import UserError, get_dist_info, is_ddp_initialized, print
 from nanochat.sft_dataloader import merge_conversation_states, sft_data_generator_bos_bestfit
 from nanochat.stages import fingerprint_of
 from nanochat.tokenizer import get_token_bytes
+from nanochat.training_loop import (
+    AUTOSAVE_SECONDS,
+    StopRequest,
+    TrainLog,
+    TrainMeter,
+    collect_garbage,
+    collector_on_call,
+    find_resumable,
+    synchronize,
+)
 
 # %% [markdown]
 # ### `SFTSettings`

@@ -13,12 +13,8 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from nanochat.checkpoint_manager import (
-    NoCheckpointError,
-    config_from_meta,
-    write_checkpoint_files,
-    write_checkpoint_meta,
-)
+from nanochat.checkpoint_files import NoCheckpointError, write_checkpoint_files, write_checkpoint_meta
+from nanochat.checkpoint_manager import config_from_meta
 from nanochat.runtime import UserError, print0
 from nanochat.tokenizer import RustBPETokenizer
 

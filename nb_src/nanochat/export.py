@@ -26,7 +26,8 @@ import safetensors.torch
 import tokenizers
 import torch
 
-from nanochat.checkpoint_manager import build_model, checkpoint_name, full_disk_is_oserror, locate_checkpoint
+from nanochat.checkpoint_files import checkpoint_name, full_disk_is_oserror
+from nanochat.checkpoint_manager import build_model, locate_checkpoint
 from nanochat.export_modeling import (
     EXPORT_CHAT_TEMPLATE,
     EXPORT_CONFIGURATION_SOURCE,

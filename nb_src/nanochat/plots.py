@@ -540,12 +540,14 @@ class LiveChart:
     `add(record)` after every step, `finish()` at the end. A record has, as attributes or keys, step and loss, and where
     known smooth_loss, val_bpb (None unless evaluated), tokens_per_second, eta_seconds and the rest of the log line.
     reference: dict with `name`, `loss` and `val_bpb` (each step -> value) to draw beside the run, see `D12_REFERENCE`.
-    every_seconds: the shortest time between two drawings.
+    every_seconds: the shortest time between two drawings. prints: False when somebody else prints the lines.
     """
 
-    def __init__(self, total_steps: int, title: str, reference: dict | None = None, every_seconds: float = 2.0):
+    def __init__(
+        self, total_steps: int, title: str, reference: dict | None = None, every_seconds: float = 2.0, prints=True
+    ):
         self.total_steps, self.title, self.reference = total_steps, title, reference
-        self.every_seconds = every_seconds
+        self.every_seconds, self.prints = every_seconds, prints
         self.losses, self.smooth, self.val_bpb, self.speeds = {}, {}, {}, {}  # step -> value
         self.eta_seconds = None
         self.ema, self.n_averaged = 0.0, 0
@@ -570,7 +572,7 @@ class LiveChart:
             if time.monotonic() >= self.next_drawing:
                 self.redraw()
             return
-        if record_field(record, "replayed"):  # an earlier process printed it
+        if not self.prints or record_field(record, "replayed"):  # an earlier process printed it
             return
         if val_bpb is not None:
             print0(f"Step {step:05d} | Validation bpb: {val_bpb:.6f}")

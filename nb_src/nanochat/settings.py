@@ -1,21 +1,18 @@
 # %% [markdown]
-# ## Parameters
+# ## Presets and checks
 #
-# The parameter cell holds plain values and nothing else, so that papermill, Colab's forms and a command line can all
-# replace them. `-1` and `""` mean "decide for me": a preset fills them in. This chapter checks what was asked for
-# before anything slow happens; a misspelt name should cost a second, not an afternoon.
+# What the parameters of this notebook are, what each is on each kind of machine, and which values make no sense. A
+# run that cannot work should end here, not after the data is downloaded.
 
 # %%
-import argparse
-import difflib
 import math
 import re
-import sys
 
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from nanochat.parameters import is_given, parse_arguments, typed_value
 from nanochat.runtime import UserError
 
 # %% [markdown]
@@ -98,7 +95,8 @@ def resolve_parameters(cell: dict, arguments: list[str] | None = None) -> dict:
     cell: name -> value for every name of PARAMETER_TYPES. arguments: a command line, or None for a notebook, whose
     command line belongs to the kernel. Raises UserError for an unknown name, a wrong type or an impossible value.
     """
-    chosen = {name: typed_value(name, value) for name, value in (cell | parse_arguments(arguments or [])).items()}
+    given = cell | parse_arguments(arguments or [], PARAMETER_TYPES, "nanochat_speedrun")
+    chosen = {name: typed_value(name, value, PARAMETER_TYPES[name]) for name, value in given.items()}
     preset = choose_preset(chosen["preset"])
     defaults = PRESETS[preset]
     if any(is_given(chosen[name]) for name in HORIZONS):  # the preset's ratio stays: a batch size may follow from it
@@ -151,43 +149,6 @@ def chosen_chat_tasks(names: str) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
-def is_given(value) -> bool:
-    """False for the two values that mean "decide for me"."""
-    return isinstance(value, bool) or value not in ("", -1)
-
-
-def parse_arguments(arguments: list[str]) -> dict[str, str]:
-    """`--name=value` and `--name value` as a dict of strings."""
-    parser = argparse.ArgumentParser(prog="nanochat_speedrun", allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for name, kind in PARAMETER_TYPES.items():
-        parser.add_argument(f"--{name}", help=kind.__name__)
-    given, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        name = unknown[0].lstrip("-").split("=")[0]
-        if name in PARAMETER_TYPES:
-            raise UserError(f"{unknown[0]!r} is not understood; parameters are written --{name}=value.")
-        near = difflib.get_close_matches(name, PARAMETER_TYPES, 1)
-        hint = f"did you mean {near[0]!r}?" if near else "--help lists them."
-        raise UserError(f"there is no parameter {name!r}; {hint}")
-    return vars(given)
-
-
-def typed_value(name: str, value):
-    """The value in the parameter's type: text from a command line is converted, a whole number serves as a float."""
-    kind = PARAMETER_TYPES[name]
-    if type(value) is kind:
-        return value
-    if kind is float and type(value) is int:
-        return float(value)
-    if isinstance(value, str):
-        try:
-            return {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
-        except (KeyError, ValueError):
-            pass
-    wanted = "True or False" if kind is bool else f"of type {kind.__name__}"
-    raise UserError(f"{name} is {value!r}; it must be {wanted}.")
-
-
 def choose_preset(name: str) -> str:
     """The named preset, or with "auto" the one for the device at hand."""
     if name in PRESETS:
@@ -198,8 +159,3 @@ def choose_preset(name: str) -> str:
         return "cpu"
     major, _ = torch.cuda.get_device_capability()
     return "h100" if major >= 9 else "a100" if major == 8 else "t4"
-
-
-def command_line() -> list[str] | None:
-    """This script's arguments; None inside a Jupyter kernel."""
-    return None if "ipykernel" in sys.modules else sys.argv[1:]

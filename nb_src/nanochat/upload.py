@@ -24,7 +24,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 
-from nanochat.checkpoint_manager import checkpoint_path, find_last_step
+from nanochat.checkpoint_files import checkpoint_path, find_last_step
 from nanochat.dataset import HUB_SHARDS, hub_endpoint
 from nanochat.plots import show_table
 from nanochat.report import fenced_text

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golf.artifact import (
-    ARTIFACT_LIMIT_BYTES,
     ARTIFACT_PREAMBLE,
     ARTIFACT_RESERVE_BYTES,
     artifact_size_lines,
@@ -26,6 +25,7 @@ from golf.artifact import (
     write_artifact,
 )
 from golf.codecs import compress_stream, decompress_stream
+from golf.golf_settings import ARTIFACT_LIMIT_BYTES
 from golf.gptq import HessianSums, StorageRule, StoredTensor, quantize_state, storage_rules
 from nanochat.runtime import UserError
 

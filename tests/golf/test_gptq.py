@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from golf.golf_gpt import role_of
 from golf.gptq import (
     HessianSums,
     StorageRule,
@@ -15,7 +16,6 @@ from golf.gptq import (
     nearest_codes,
     output_errors,
     quantize_state,
-    role_of,
     sdclip_scales,
     storage_rules,
 )

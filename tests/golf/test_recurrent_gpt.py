@@ -1,5 +1,6 @@
 import math
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from test_golf_gpt import (
 )
 
 from golf.golf_gpt import parameter_roles, rms_normalise
+from golf.golf_scoring import scoring_windows, window_losses
 from golf.recurrent_gpt import RecurrentConfig, RecurrentGPT, depth_for_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,7 +63,7 @@ def test_parameter_count_and_roles():
         plain = RecurrentGPT(RecurrentConfig(iteration_embeddings=False))
         model = RecurrentGPT(RecurrentConfig())
     assert sum(p.numel() for p in plain.parameters()) == 25_175_076
-    assert sum(p.numel() for p in model.parameters()) == 25_175_076 + 8 * 768
+    assert sum(p.numel() for p in model.parameters()) == 25_175_076 + 8 * 768 == 25_181_220
     roles = parameter_roles(model)
     assert sum(p.numel() for p in roles["matrix"].values()) == 18_874_368
     assert sum(p.numel() for p in roles["scalar"].values()) == 3 * 3_084 + 8 * 768
@@ -71,29 +73,61 @@ def test_parameter_count_and_roles():
 def test_start():
     """The original forgot to zero the projections: a looped model then starts far from ln V."""
     torch.manual_seed(0)
-    model = RecurrentGPT(RecurrentConfig(**TINY | dict(vocab_size=512)))
-    ids = torch.randint(512, (2, 25))
+    model = RecurrentGPT(RecurrentConfig(**TINY | dict(vocab_size=8192)))
+    ids = torch.randint(8192, (2, 25))
     for depth in (1, 3, 7):
-        assert abs(model(ids[:, :-1], ids[:, 1:], depth=depth).item() - math.log(512)) < 0.01
+        assert abs(model(ids[:, :-1], ids[:, 1:], depth=depth).item() - math.log(8192)) < 0.01
     assert all(not block.attn.proj.weight.any() and not block.mlp.proj.weight.any() for block in model.blocks)
     assert not model.iter_embed.any() and (model.blocks[0].attn.q_gain == 5.25).all()
 
 
 def test_one_loop_of_one_block_is_the_block():
-    """Recurrence must add nothing of its own."""
+    """Recurrence must add nothing of its own, and the block is the one that the spec writes out."""
     model, (ids, _) = tiny_model(num_unique_layers=1, num_recurrences=1, iteration_embeddings=False), tiny_batch()
     x0 = model.embed(ids)
     block = model.blocks[0]
     assert torch.equal(model.trunk(ids), rms_normalise(block(x0, x0, *model.rope(ids.size(1)))))
+    w = {name: p.detach().double() for name, p in block.named_parameters()}
+    x0 = reference_norm(model.tok_emb.weight.detach().double()[ids[0]])
+    z = w["resid_mix"][0] * x0 + w["resid_mix"][1] * x0
+    h = reference_norm(z)
+    attended = reference_attention({f"block.{name}": p for name, p in w.items()}, "block.attn", h, model.config)
+    mlp = (h @ w["mlp.fc.weight"].T).relu() ** 2 @ w["mlp.proj.weight"].T
+    expected = reference_norm(z + w["attn_scale"] * attended + w["mlp_scale"] * mlp)
+    torch.testing.assert_close(model.trunk(ids)[0].double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_depth_changes_the_answer_and_the_gradient_counts_every_loop():
     """A depth that is ignored would make every depth comparison a row of equal numbers."""
     model, (ids, targets) = tiny_model(), tiny_batch()
     losses = [model(ids, targets, depth=depth).item() for depth in (1, 2, 3, 4)]
-    assert len(set(losses)) == 4 and model(ids, targets).item() == losses[2]
+    assert len(set(losses)) == 4
+    assert model(ids, targets).item() == model(ids, targets, depth=0).item() == losses[2]
     model(ids, targets, depth=2).backward()
     assert model.iter_embed.grad[:2].abs().sum(1).min() > 0 and not model.iter_embed.grad[2].any()
+
+
+@pytest.mark.parametrize("depth", [1, 3, 5])
+def test_gradients_are_finite_differences(depth):
+    """A loop that is cut off from the gradient, or counted twice, trains something else than what is evaluated."""
+    model, (ids, _) = tiny_model().double(), tiny_batch(rows=1, length=9)
+    model.compute_dtype = torch.float64
+    generator = torch.Generator().manual_seed(2)
+    probe = torch.randn(1, 9, 32, generator=generator, dtype=torch.float64)
+
+    def value():
+        return (model.trunk(ids, depth=depth) * probe).sum()
+
+    value().backward()
+    for name, p in model.named_parameters():
+        direction, size = torch.randn(p.shape, generator=generator, dtype=torch.float64), 1e-6
+        with torch.no_grad():
+            p += size * direction
+            above = value()
+            p -= 2 * size * direction
+            difference = (above - value()) / (2 * size)
+            p += size * direction
+        torch.testing.assert_close((p.grad * direction).sum(), difference, rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_no_score_sees_the_future():
@@ -111,6 +145,22 @@ def test_last_positions_are_those_of_the_whole(last):
     """Only the very last block may skip positions: all loops before it need them all."""
     model, (ids, _) = tiny_model(), tiny_batch()
     torch.testing.assert_close(model(ids, last=last), model(ids)[:, -last:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [0, 2, 5])
+@pytest.mark.parametrize("length, stride", [(16, 16), (48, 8)])
+def test_window_scores_at_any_depth_are_those_of_whole_windows(depth, length, stride):
+    """The table of depths must compare depths, not ways of scoring."""
+    losses_of = partial(tiny_model(), reduction="none", depth=depth)
+    stream = torch.randint(61, (110,), generator=torch.Generator().manual_seed(3))
+    windows = scoring_windows(len(stream) - 1, length, stride)
+    scores = torch.cat([nats for _, nats in window_losses(losses_of, stream, windows, length, batch_windows=5)])
+    with torch.no_grad():
+        expected = [
+            losses_of(stream[None, w.start : w.end], stream[None, w.start + 1 : w.end + 1])[0, w.first - w.start :]
+            for w in windows
+        ]
+    torch.testing.assert_close(scores, torch.cat(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_depth_is_drawn_from_seed_and_step_alone():

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from helpers import python_environment, small_corpus, small_plan, small_tokenizer
-from nanochat.base_train import TrainLog, TrainRecord, pretrain, smoothed
-from nanochat.checkpoint_manager import find_last_step, load_checkpoint, load_model
+from nanochat.base_train import pretrain
+from nanochat.checkpoint_files import find_last_step, load_checkpoint
+from nanochat.checkpoint_manager import load_model
 from nanochat.runtime import UserError
 
 # A training program of a few lines. argv: where to be killed. Each loss is printed with all its bits.
@@ -21,7 +22,7 @@ import json, os, signal, sys
 from pathlib import Path
 import torch
 from helpers import small_corpus, small_plan
-import nanochat.checkpoint_manager as checkpoint_manager
+import nanochat.checkpoint_files as checkpoint_files
 from nanochat.base_train import pretrain
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -37,11 +38,11 @@ def half_a_model(tensors, path):
 
 def before_saving(step):  # patches the writer once the step has come
     if point == "model" and step == number:
-        checkpoint_manager.safetensors.torch.save_file = half_a_model
+        checkpoint_files.safetensors.torch.save_file = half_a_model
     if point == "optimizer" and step == number:
-        checkpoint_manager.torch.save = die
+        checkpoint_files.torch.save = die
     if point == "meta" and step == number:
-        checkpoint_manager.write_checkpoint_meta = die
+        checkpoint_files.write_checkpoint_meta = die
 
 torch.use_deterministic_algorithms(True)
 base = Path(os.environ["NANOCHAT_BASE_DIR"])
@@ -238,23 +239,6 @@ def test_another_number_of_processes_is_refused_by_name(world, base_dir, monkeyp
     meta_path.write_text(json.dumps(meta | {"world_size": 2}))
     with pytest.raises(UserError, match="written by 2 processes and this run has 1"):
         records_of(world, base_dir)
-
-
-def test_log_survives_a_torn_line(tmp_path):
-    """Prevents a kill in the middle of a log line from losing the whole curve."""
-    log = TrainLog(tmp_path)
-    record = TrainRecord(0, 1.0, 1.0, 1.0, 0.1, 10.0, None, 1, 0.0, None, 1.0)
-    log.append(record)
-    with open(log.path, "a") as file:
-        file.write('{"step": 1, "lo')
-    kept = log.keep_before(5)
-    assert [r.step for r in kept] == [0] and kept[0].replayed
-    assert len(log.path.read_text().splitlines()) == 1
-
-
-def test_smoothed_of_nothing():
-    """Prevents a division by zero in a run of no steps."""
-    assert smoothed(0.0, 0) is None and smoothed(0.1, 1) == pytest.approx(1.0)
 
 
 def test_signals_are_given_back(world, base_dir):

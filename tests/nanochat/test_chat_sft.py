@@ -15,7 +15,8 @@ from helpers import python_environment, run_ranks, small_corpus, small_plan, sma
 from nanochat import base_train, chat_sft
 from nanochat.base_train import pretrain
 from nanochat.chat_sft import SFTSettings, fine_tune, plan_fine_tuning, sft_lr_multiplier, sft_progress
-from nanochat.checkpoint_manager import checkpoint_folder, find_last_step, load_checkpoint, load_model, read_meta
+from nanochat.checkpoint_files import find_last_step, load_checkpoint, read_meta
+from nanochat.checkpoint_manager import checkpoint_folder, load_model
 from nanochat.runtime import UserError
 from nanochat.sft_dataloader import sft_data_generator_bos_bestfit
 
@@ -236,7 +237,7 @@ def test_momenta_come_from_the_base_model(base_dir, tokenizer, capsys):
 # Fine-tunes and kills itself. argv: where.
 PROGRAM = """
 import os, signal, sys, torch
-import nanochat.checkpoint_manager as checkpoint_manager
+import nanochat.checkpoint_files as checkpoint_files
 import test_chat_sft as here
 from nanochat.chat_sft import fine_tune
 from nanochat.tokenizer import get_tokenizer
@@ -253,7 +254,7 @@ for record in fine_tune(plan, here.CONVERSATIONS, here.VALIDATION, tokenizer, he
     if point == "step" and record.step == int(number):
         die()
     if point == "meta" and record.step + 1 == int(number):
-        checkpoint_manager.write_checkpoint_meta = die
+        checkpoint_files.write_checkpoint_meta = die
 """
 
 

@@ -7,8 +7,9 @@ import pytest
 import tiktoken
 import torch
 
+from nanochat.checkpoint_files import load_checkpoint
 from nanochat.checkpoint_import import import_original_checkpoint, import_original_tokenizer
-from nanochat.checkpoint_manager import build_model, load_checkpoint
+from nanochat.checkpoint_manager import build_model
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import UserError
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, get_tokenizer

@@ -11,7 +11,8 @@ import torch
 
 from helpers import PYTHON, REPOSITORY, english_documents, python_environment, small_tokenizer
 from nanochat import export
-from nanochat.checkpoint_manager import checkpoint_folder, save_checkpoint
+from nanochat.checkpoint_files import save_checkpoint
+from nanochat.checkpoint_manager import checkpoint_folder
 from nanochat.engine import Engine
 from nanochat.export import (
     EXPORT_FILES,

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from helpers import REPOSITORY, small_tokenizer
-from nanochat.checkpoint_manager import checkpoint_folder, save_checkpoint
+from nanochat.checkpoint_files import save_checkpoint
+from nanochat.checkpoint_manager import checkpoint_folder
 from nanochat.gpt import GPT, GPTConfig
 
 TOOL = [sys.executable, str(REPOSITORY / "tools" / "chat.py"), "--device_type", "cpu"]

@@ -1,0 +1,45 @@
+# %% [markdown]
+# ## The ladder of scores
+#
+# One model, scored in four ways: in blocks that each begin blind; in windows that slide, so that every token has a
+# past; with training on what was scored; and with training on each document by itself. Every step costs time, and the
+# limit for all of it together is ten minutes.
+
+# %%
+import time
+from functools import partial
+
+from golf.golf_scoring import score_stream
+from golf.golf_ttt import TTTSettings, score_with_lora_ttt, score_with_sgd_ttt
+
+# %% [markdown]
+# ### `score_ladder`
+# Whoever has the artifact can call this: all it needs besides stands in the artifact's header.
+
+# %%
+LADDER_LABELS = {
+    "blocks": "in blocks", "sliding": "sliding windows", "sgd": "and training on what was scored",
+    "lora": "training on each document",
+}  # fmt: skip
+
+
+def score_ladder(model, call, scoring: dict, stream, byte_tables, batch_windows: int, device, ways) -> dict[str, dict]:
+    """way → val_loss (nats per token), val_bpb, seconds. Every rank must call it. Golf spec sections 4.7 and 4.8.
+
+    call: the model, compiled or not; adapters need the eager one. scoring: the artifact's: length, stride and the
+    fields of TTTSettings. ways: of LADDER_LABELS, in the order in which to score; each starts from the same weights.
+    """
+    length, stride, ttt = scoring["length"], scoring["stride"], TTTSettings(**scoring["ttt"])
+    losses_of, rows = partial(call, reduction="none"), {}
+    for way in ways:
+        started = time.perf_counter()
+        if way == "blocks":
+            sums = score_stream(losses_of, stream, byte_tables, length, None, batch_windows, device)
+        elif way == "sliding":
+            sums = score_stream(losses_of, stream, byte_tables, length, stride, batch_windows, device)
+        elif way == "sgd":
+            sums = score_with_sgd_ttt(model, stream, byte_tables, length, stride, ttt, batch_windows, device)
+        else:
+            sums = score_with_lora_ttt(model, stream, byte_tables, ttt, device)
+        rows[way] = dict(val_loss=sums.val_loss, val_bpb=sums.val_bpb, seconds=time.perf_counter() - started)
+    return rows
