@@ -449,7 +449,7 @@ if not params["model_dim"]:
         ],
         header=("model", "weights", "predicted bytes", ""),
     )
-model_dim = config.model_dim
+params["model_dim"] = model_dim = config.model_dim
 torch.manual_seed(params["seed"])
 model = golf_model_of(params["architecture"], config, compute_dtype).to(device)
 control_patterns = tuple(params["control_tensor_name_patterns"].split(","))
@@ -519,7 +519,7 @@ call = compile_golf(model, optimizer, params["torch_compile"])
 inputs = {"model": asdict(config), "learning": learning, "data": data.fingerprint(), "depths": depths}
 inputs |= {name: params[name] for name in ("architecture", "enable_looping_at", "ema_decay", "swa_start_frac")}
 chart = LiveChart(params["iterations"], params["run_id"], prints=False)  # the log prints
-log(*golf_header_lines(params | {"model_dim": model_dim}, data, len(val_tokens) - 1, model, world_size, accumulation))
+log(*golf_header_lines(params, data, len(val_tokens) - 1, model, world_size, accumulation))
 if cap:
     log(f"gptq:reserving {params['gptq_reserve_seconds']:g}s, effective={1000 * training.max_wallclock_seconds:.0f}ms")
 records = []
@@ -552,13 +552,13 @@ if rank == 0:
 # script that goes along is this program up to here, with the parameters that took effect, packed.
 
 # %%
-from golf.golf_settings import frozen_parameters
+from golf.golf_settings import frozen_parameters, public_settings
 from golf.packed_script import pack_script, running_program
 
 # %%
 ema.copy_to_model()
 windows_at_once = training.scoring_windows_at_once(world_size, params["sw_seq_len"])
-script = pack_script(frozen_parameters(running_program(), params | {"model_dim": model_dim})) if rank == 0 else b""
+script = pack_script(frozen_parameters(running_program(), params)) if rank == 0 else b""
 ways = ["blocks", "sliding", *(way for way in ("lora", "sgd") if way != params["ttt_mode"])]
 ways += [params["ttt_mode"]] if params["ttt_mode"] != "off" else []
 scoring = {"length": params["sw_seq_len"], "stride": params["sw_stride"], "ttt": asdict(ttt), "ways": ways}
@@ -811,7 +811,7 @@ elif rank == 0:
         command=f"torchrun --standalone --nproc_per_node={world_size} train_gpt.py --seed={params['seed']}",
     )
     requirements = [*needed, "ipython", "pillow"]
-    folder = write_submission(get_base_dir(), card, [run_dir], params | {"model_dim": model_dim}, requirements)
+    folder = write_submission(get_base_dir(), card, [run_dir], public_settings(params), requirements)
     show_table([(path.name, path.stat().st_size) for path in sorted(folder.iterdir())], header=("file", "bytes"))
     findings = lint_submission(folder, run_import=True)
     show_table(finding_rows(findings) or [("nothing to complain about", "", "")], FINDING_HEADER)

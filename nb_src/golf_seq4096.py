@@ -388,7 +388,7 @@ if rank == 0:
 # same, and it weighs little.
 
 # %%
-from golf.golf_settings import frozen_parameters
+from golf.golf_settings import frozen_parameters, public_settings
 from golf.packed_script import pack_script, running_program
 
 # %%
@@ -539,7 +539,7 @@ elif rank == 0:
         command=f"torchrun --standalone --nproc_per_node={world_size} train_gpt.py --seed={params['seed']}",
     )
     requirements = [*needed, "ipython", "pillow"]
-    folder = write_submission(get_base_dir(), card, [run_dir], params, requirements)
+    folder = write_submission(get_base_dir(), card, [run_dir], public_settings(params), requirements)
     show_table([(path.name, path.stat().st_size) for path in sorted(folder.iterdir())], header=("file", "bytes"))
     findings = lint_submission(folder, run_import=True)
     show_table(finding_rows(findings) or [("nothing to complain about", "", "")], FINDING_HEADER)

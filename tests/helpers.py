@@ -8,6 +8,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import nbformat
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -63,6 +64,25 @@ def python_environment(**variables) -> dict[str, str]:
     """The environment for a subprocess that imports the chapters."""
     paths = os.pathsep.join([str(REPOSITORY / "nb_src"), str(REPOSITORY / "tests")])
     return {**os.environ, "PYTHONPATH": paths, **{name: str(value) for name, value in variables.items()}}
+
+
+def run_notebook(notebook, parameters: dict, output, **variables) -> subprocess.CompletedProcess:
+    """Run a notebook file in its own folder, with nothing of the repository on the path."""
+    arguments = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    environment = python_environment(OMP_NUM_THREADS=1, **variables)
+    del environment["PYTHONPATH"]
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / "tools" / "nb_convert.py"), "run", str(notebook), *arguments, "-o", output],
+        env=environment, cwd=notebook.parent, text=True, timeout=300, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def texts_and_images(path) -> tuple[str, int]:
+    """All text that the cells of an executed notebook printed or displayed, and the number of pictures."""
+    outputs = [output for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])]
+    data = [output["data"] for output in outputs if "data" in output]
+    texts = [output.get("text", "") for output in outputs] + [str(item) for item in data]
+    return "\n".join(texts), sum("image/png" in item for item in data)
 
 
 def run_ranks(program: str, *arguments, world_size: int = 2) -> list[str]:

@@ -1,19 +1,24 @@
 """The notebook and the script as people use them: alone in a folder, twice, on two processes, with wrong input."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 
-import nbformat
 import pytest
 import safetensors.torch
 import torch
 
 import nb_convert
-from helpers import REPOSITORY, english_documents, python_environment, small_corpus
+from helpers import (
+    REPOSITORY,
+    english_documents,
+    python_environment,
+    run_notebook,
+    small_corpus,
+    texts_and_images,
+)
 from nanochat.checkpoint_manager import load_model
 from nanochat.runtime import UserError
 from nanochat.settings import CHAT_TASK_NAMES
@@ -51,22 +56,8 @@ def script(base_dir, text_folder, launcher=(sys.executable,), program=SPINE, PYT
 
 
 def papermill(base_dir, text_folder, notebook, output, **changes):
-    """Run a notebook file in its own folder, with nothing of the repository on the path."""
     parameters = TINY | {"data_source": str(text_folder), "base_dir": str(base_dir)} | changes
-    arguments = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, str(REPOSITORY / "tools" / "nb_convert.py"), "run", str(notebook), *arguments, "-o", output],
-        env=environment, cwd=notebook.parent, text=True, timeout=300, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def texts_and_images(path) -> tuple[str, int]:
-    """All text that the cells printed or displayed, and the number of pictures."""
-    outputs = [output for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])]
-    data = [output["data"] for output in outputs if "data" in output]
-    texts = [output.get("text", "") for output in outputs] + [str(item) for item in data]
-    return "\n".join(texts), sum("image/png" in item for item in data)
+    return run_notebook(notebook, parameters, output)
 
 
 @pytest.fixture(scope="module")

@@ -364,7 +364,7 @@ def read_artifact(path) -> tuple[dict[str, torch.Tensor], dict]:
 
 # %%
 HEADER_BYTES_PER_TENSOR = 9  # compressed
-HEADER_BYTES_BESIDES = 400  # preamble and config
+HEADER_BYTES_BESIDES = 500  # preamble and config
 
 
 def scale_bits(columns: int) -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from golf.golf_settings import public_settings
 from golf.golf_train import GolfRecord
 from nanochat.plots import in_notebook
 from nanochat.runtime import get_dist_info, print0, write_atomic
@@ -51,7 +52,8 @@ class GolfLog:
 def golf_header_lines(params: dict, data, val_tokens: int, model, world_size: int, accumulation: int) -> list[str]:
     """What is known before the first step. data: GolfData. val_tokens: targets of the validation stream."""
     kind = "byte" if data.tokenizer_path.endswith(".json") else "sentencepiece"
-    rate = params["tied_embed_lr"] if params["tie_embeddings"] else params["embed_lr"]
+    tied = bool(params.get("tie_embeddings", 1))  # the second system knows no other
+    rate = params["tied_embed_lr"] if tied and "tied_embed_lr" in params else params["embed_lr"]
     backends = {
         "cudnn": torch.backends.cuda.cudnn_sdp_enabled(), "flash": torch.backends.cuda.flash_sdp_enabled(),
         "mem_efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
@@ -67,14 +69,14 @@ def golf_header_lines(params: dict, data, val_tokens: int, model, world_size: in
         f"world_size:{world_size} grad_accum_steps:{accumulation}",
         "sdp_backends:" + " ".join(f"{name}={on}" for name, on in backends.items()),
         f"attention_mode:gqa num_heads:{params['num_heads']} num_kv_heads:{params['num_kv_heads']}",
-        f"tie_embeddings:{bool(params['tie_embeddings'])} embed_lr:{rate} "
-        f"head_lr:{0.0 if params['tie_embeddings'] else params['head_lr']} matrix_lr:{params['matrix_lr']} "
+        f"tie_embeddings:{tied} embed_lr:{rate} head_lr:{0.0 if tied else params['head_lr']} "
+        f"matrix_lr:{params['matrix_lr']} "
         f"scalar_lr:{params['scalar_lr']}",
         f"train_batch_tokens:{params['train_batch_tokens']} train_seq_len:{params['train_seq_len']} "
         f"iterations:{params['iterations']} warmup_steps:{params['warmup_steps']} "
         f"max_wallclock_seconds:{params['max_wallclock_seconds']:.3f}",
         f"seed:{params['seed']}",
-        "settings: " + " ".join(f"{name}:{value}" for name, value in params.items() if value != ""),
+        "settings: " + " ".join(f"{name}:{value}" for name, value in public_settings(params).items() if value != ""),
     ]
 
 

@@ -94,7 +94,8 @@ RECURRENT_PRESETS = {
         data_source="offline", variant="sp1024", vocab_size=1024, torch_compile=0, model_dim=0, num_heads=4,
         num_kv_heads=2, num_unique_layers=2, num_recurrences=3, train_seq_len=256, train_batch_tokens=8192,
         val_batch_size=65_536, iterations=80, warmup_steps=1, max_wallclock_seconds=0.0, val_loss_every=20,
-        train_log_every=1, save_every=40, muon_momentum_warmup_steps=40, artifact_limit_bytes=500_000,
+        train_log_every=1, save_every=40, muon_momentum_warmup_steps=40, artifact_limit_bytes=410_000,
+        num_layers=4, loop_start=1, loop_end=2, num_loops=1, parallel_residual_start=3, rope_dims=8, ttt_mode="lora",
         keep_float_numel=1024, gptq_calibration_batches=16, sw_seq_len=256, ttt_chunk_tokens=8192, ttt_epochs=2,
         ttt_chunk_size=128, ttt_eval_seq_len=256, ablation_steps=12,
     ),
@@ -179,15 +180,18 @@ OPEN_PARAMETERS = {
 }  # fmt: skip
 
 
+def public_settings(params: dict) -> dict:
+    """What a log and a README tell: every setting but where files lie on this machine and who ran it."""
+    return {name: value for name, value in params.items() if name not in OPEN_PARAMETERS or name == "seed"}
+
+
 def frozen_parameters(source: str, params: dict) -> str:
     """The program with `params` as the values of its parameter cell, where they are not OPEN_PARAMETERS."""
-    tree, open_names = ast.parse(source), set(OPEN_PARAMETERS)
+    tree, done = ast.parse(source), set()
     for node in tree.body:
         name = node.targets[0].id if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) else ""
-        if name in params and name not in open_names:
-            node.value = ast.Constant(params[name])
-            open_names.add(name)  # the first assignment is the cell's; a later one is something else
-        elif name in OPEN_PARAMETERS and name in open_names:
-            node.value = ast.Constant(type(params[name])(-1) if isinstance(params[name], int) else "")
-            open_names.discard(name)
+        if name in params and name not in done:
+            not_given = -1 if isinstance(params[name], int) else ""
+            node.value = ast.Constant(not_given if name in OPEN_PARAMETERS else params[name])
+            done.add(name)  # the first assignment is the cell's; a later one is something else
     return ast.unparse(ast.fix_missing_locations(tree))

@@ -22,6 +22,7 @@ import tempfile
 from dataclasses import dataclass, field
 from decimal import Decimal
 from importlib.machinery import PathFinder
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 from golf.golf_settings import ARTIFACT_LIMIT_BYTES
@@ -254,9 +255,11 @@ def check_script(folder, code: ShippedCode, requirements: str, run_import: bool,
     declared = {re.split(r"[^\w.-]", line.strip())[0].replace("-", "_").lower() for line in requirements.split("\n")}
     installed = [place for place in sys.path if "-packages" in place]  # not the repository that this program lies in
     local = {Path(module).parts[0].removesuffix(".py") for module in code.modules}
-    absent = []
+    absent, distributions = [], packages_distributions()
     for name in sorted(top_level_imports(tree) - local - sys.stdlib_module_names):
-        known = name.lower() in declared or name in CHALLENGE_PACKAGES
+        called = {name, *distributions.get(name, ())}  # PIL comes with a package called pillow
+        called = {each.replace("-", "_").lower() for each in called}
+        known = name in CHALLENGE_PACKAGES or not declared.isdisjoint(called)
         here = PathFinder.find_spec(name, installed) is not None
         if not here:
             absent.append(name)

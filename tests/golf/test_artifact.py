@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from golf.artifact import (
     ARTIFACT_PREAMBLE,
     ARTIFACT_RESERVE_BYTES,
-    artifact_size_lines,
     counted_size,
     decode_artifact,
     encode_artifact,
@@ -214,8 +213,6 @@ def test_too_large_is_refused_by_how_much_and_why(stored, tmp_path):
     assert by_role["blocks.*.mlp.fc.weight"]["parameters"] == 2 * 4 * 48 * 48
     assert 3 < by_role["blocks.*.mlp.fc.weight"]["bits_per_weight"] < 4.2
     assert 4.4 < by_role["tok_emb.weight"]["bits_per_weight"] < 5.4
-    assert len(artifact_size_lines(rows)) == len(rows) + 2
-    assert f"{blob_bytes:,}" in artifact_size_lines(rows)[-1]
 
 
 @pytest.mark.parametrize(

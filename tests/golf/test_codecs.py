@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golf.codecs import (
+    CODEC_HEADER,
     CODEC_IDS,
     DENSE_MIN_ENTROPY,
     code_counts,
-    codec_lines,
+    codec_rows,
     codec_table,
     codecs_to_try,
     compress_stream,
@@ -52,11 +53,14 @@ def test_table_is_the_published_one(table):
         assert row["dense"] is None if dense is None else row["dense"] == pytest.approx(dense, abs=0.04)
 
 
-def test_table_prints_in_columns(table):
-    """A width without a packed form that breaks the columns."""
-    lines = codec_lines(list(table.values()))
-    assert len(lines) == 6 and len({len(line) for line in lines}) == 1
-    assert lines[4].split()[:3] == ["6", "12.85", f"{table[6, 12.85]['entropy']:.2f}"]
+def test_table_has_a_column_for_each_heading(table):
+    """A codec more or a column moved, and the numbers stand under the wrong names."""
+    rows = codec_rows(list(table.values()))
+    assert len(rows) == 5 and all(len(row) == len(CODEC_HEADER) for row in rows)
+    row, case = dict(zip(CODEC_HEADER, rows[3], strict=True)), table[6, 12.85]
+    assert (row["bits"], row["k"]) == (6, 12.85) and row["dense 6-bit + zlib"] == case["dense"]
+    assert all(row[name] == case[name] for name in ("entropy", "zlib", "lzma", "brotli"))
+    assert row["relative error"] == case["relative_error"]
 
 
 def test_one_code_per_byte_beats_packing(table):

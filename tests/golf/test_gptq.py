@@ -10,7 +10,6 @@ from golf.gptq import (
     HessianSums,
     StorageRule,
     gptq_codes,
-    gptq_lines,
     inverse_hessian_factor,
     largest_code,
     nearest_codes,
@@ -305,7 +304,6 @@ def test_table_puts_plain_rounding_beside_gptq():
             assert row[key] == pytest.approx(float((change.norm() / outputs.norm()) ** 2), rel=1e-3)
         assert row["gptq"] < row["nearest"]
     assert torch.equal(stored["tok_emb.weight"].values, plain["tok_emb.weight"].values)
-    assert len(gptq_lines(table)) == 3 and "c_q" in gptq_lines(table)[1]
     with pytest.raises(ValueError, match="32 columns"):
         gptq_codes(state["tok_emb.weight"], torch.eye(31), plain["tok_emb.weight"].scales, 8)
 

@@ -135,12 +135,13 @@ def test_each_side_reads_the_other(tmp_path):
     """A file of the original that cannot be read here, or one of ours that its reader restores differently."""
     state = mixed_state()
     for original_floor in (True, False):
-        ours, sizes = export_int8(tmp_path, state, CONTROL, original_floor)
+        ours, sizes = export_int8(tmp_path, state, CONTROL, (original_floor,))
         theirs = transcribed_reader((tmp_path / "final_model.int8.ptz").read_bytes())
         assert ours.keys() == theirs.keys() == state.keys()
         for name in state:
             assert ours[name].dtype == state[name].dtype or "resid_mix" in name  # control tensors stay fp32
             assert torch.equal(ours[name], theirs[name])
+        assert sizes.original_floor is original_floor
         assert sizes.packed == os.path.getsize(tmp_path / "final_model.int8.ptz")
         assert sizes.raw_state == os.path.getsize(tmp_path / "final_model.pt")
     buffer = io.BytesIO()
@@ -203,7 +204,7 @@ def test_rows_of_zeros_and_of_tiny_weights_survive():
 
 def test_log_lines_are_the_published_ones():
     """A log that the scripts which read published logs cannot read."""
-    sizes = Int8Sizes(67_224_983, 15_820_684, 17_178_912, 17_224_025, 67_191_072 / 17_178_912)
+    sizes = Int8Sizes(67_224_983, 15_820_684, 17_178_912, 17_224_025, 67_191_072 / 17_178_912, False)
     assert int8_size_lines(sizes, 47_642) == [
         "Serialized model: 67224983 bytes",
         "Code size: 47642 bytes",
@@ -215,6 +216,23 @@ def test_log_lines_are_the_published_ones():
         "final_int8_zlib_roundtrip val_loss:2.0286 val_bpb:1.2014 eval_time:2100ms",
         "final_int8_zlib_roundtrip_exact val_loss:2.02857127 val_bpb:1.20143417",
     ]
+
+
+def test_floor_is_taken_only_when_the_file_is_too_large_without_it(tmp_path):
+    """A record refused at upload, or fourteen times the rounding error where there was room."""
+    state = {"w": torch.randn(400, 400, generator=torch.Generator().manual_seed(0)) * 0.02}
+    sizes = {}
+    for floor in (False, True):
+        _, sizes[floor] = export_int8(tmp_path / f"{floor}", state, (), (floor,))
+    assert sizes[True].packed < sizes[False].packed
+    for limit, floor in ((sizes[False].packed + 10, False), (sizes[False].packed + 9, True)):
+        restored, taken = export_int8(tmp_path / "both", state, (), (False, True), code_bytes=10, limit_bytes=limit)
+        assert taken.original_floor is floor and taken.packed == sizes[floor].packed
+        assert torch.equal(restored["w"], read_int8_model(tmp_path / f"{floor}" / "final_model.int8.ptz")["w"])
+    with pytest.raises(UserError) as refusal:
+        export_int8(tmp_path / "neither", state, (), (False, True), 10, sizes[True].packed + 3)
+    assert "7 bytes over the limit" in str(refusal.value) and "w (160,000 weights)" in str(refusal.value)
+    assert not (tmp_path / "neither" / "final_model.int8.ptz").exists()
 
 
 class RunsOnUnpickling:
@@ -264,7 +282,7 @@ def test_diverged_model_is_not_exported(tmp_path):
     """Nan weights that become code 0 without a word."""
     with pytest.raises(UserError, match="blocks.0.w .*not finite"):
         export_int8(tmp_path, {"blocks.0.w": torch.tensor([1.0, float("nan")])}, CONTROL)
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "final_model.int8.ptz").exists()
 
 
 def test_every_rank_reads_what_rank_0_wrote(tmp_path):

@@ -14,6 +14,7 @@ from golf.shards import (
     load_validation_tokens,
     read_token_shard,
     shard_token_count,
+    slice_tokens,
     token_shard_files,
     write_token_shard,
 )
@@ -175,10 +176,13 @@ def test_the_loader_goes_on_from_a_position(tmp_path):
 def test_a_batch_that_cannot_be_split_names_those_that_can(tmp_path):
     """view(): shape is invalid for input of size."""
     loader = DistributedTokenLoader(TokenStream(write_split(tmp_path, [100])), 0, 2)
-    with pytest.raises(UserError, match=r"2 processes × 4 micro-steps × 4 tokens = 32. Nearest that work: 32, 64"):
+    with pytest.raises(UserError, match=r"8 slices × 4 tokens = 32. Nearest that work: 32, 64"):
         loader.next_batch(50, 4, 4)
     with pytest.raises(UserError, match="Nearest that work: 32"):
         loader.next_batch(10, 4, 4)
+    assert slice_tokens(64, 4, 8) == 8 and slice_tokens(393_216, 4096, 8) == 49_152
+    with pytest.raises(UserError, match="TRAIN_BATCH_TOKENS 0 "):
+        slice_tokens(0, 4, 8)
 
 
 def test_the_validation_stream_is_whole(tmp_path):
