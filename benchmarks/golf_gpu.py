@@ -2,10 +2,10 @@
 
     python benchmarks/golf_gpu.py [--steps 20] [--eager] [--tiny]
 
-Random tokens, the presets' shapes, one process: a step has eight slices, one after the other, so its time is eight times
-that of one of eight GPUs plus no communication. The published record needed 71.5 ms for 393,216 tokens on eight H100,
-which is 687,000 tokens per second for each. Medians over the steps after the first three. --tiny tries the script itself
-on a CPU.
+Random tokens, the presets' shapes, one process: a step has eight slices, one after the other, so its time is eight
+times that of one of eight GPUs plus no communication. The published record needed 71.5 ms for 393,216 tokens on eight
+H100, which is 687,000 tokens per second for each. Medians over the steps after the first three. --tiny tries the script
+itself on a CPU.
 """
 
 import argparse

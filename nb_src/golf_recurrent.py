@@ -291,6 +291,7 @@ compute_dtype, dtype_reason = choose_compute_dtype(device.type)
 accumulation = golf_accumulation_steps(world_size)
 if params["max_wallclock_seconds"] and "max_wallclock_seconds" not in given:
     params["max_wallclock_seconds"] *= 8 / world_size
+changed = {name: value for name, value in given.items() if value != RECURRENT_PRESETS[params["preset"]][name]}
 if not params["run_id"]:
     params["run_id"] = f"recurrent_{params['preset']}_seed{params['seed']}"
 
@@ -302,7 +303,7 @@ if not params["run_id"]:
 # %%
 from nanochat.stages import finish_stage, finished_stage, fingerprint_of, source_fingerprint, what_changed
 from nanochat.plots import LiveChart, show_figure, show_table
-from nanochat.checkpoint_files import load_checkpoint
+from nanochat.checkpoint_files import read_meta
 from nanochat.training_loop import TrainLog
 from nanochat.offline_corpus import collect_offline_documents
 from golf.shards import DistributedTokenLoader, TokenStream, load_validation_tokens, slice_tokens
@@ -424,29 +425,29 @@ from golf.golf_plots import (
 from golf.golf_log import GolfLog, golf_header_lines, golf_memory_line, golf_record_lines
 
 # %%
-PLANNED_CLIP_SIGMAS, PLANNED_CODE_BYTES = 6.0, 90_000
+PLANNED_CLIP_SIGMAS, LARGEST_CLIP_SIGMAS, PLANNED_CODE_BYTES = 6.0, 64.0, 90_000
 config = golf_config_of(
     params["architecture"],
     params | {"model_dim": params["model_dim"] or 64 * params["num_heads"],
               "max_seq_len": max(params["train_seq_len"], params["sw_seq_len"], params["ttt_eval_seq_len"])},
 )  # fmt: skip
 planned_clip = params["matrix_clip_sigmas"] or PLANNED_CLIP_SIGMAS
+widths = [8 * params["num_heads"] * n for n in range(1, 33)]
+if params["model_dim"]:  # asked for: refused only if no clip makes it fit
+    planned_clip, widths = LARGEST_CLIP_SIGMAS, [params["model_dim"]]
+config, width_rows = plan_width(
+    params["architecture"],
+    config,
+    lambda shapes: golf_storage_rules(shapes, params, planned_clip),
+    widths,
+    PLANNED_CODE_BYTES,
+    params["artifact_limit_bytes"],
+)
 if not params["model_dim"]:
-    config, width_rows = plan_width(
-        params["architecture"],
-        config,
-        lambda shapes: golf_storage_rules(shapes, params, planned_clip),
-        [8 * params["num_heads"] * n for n in range(1, 33)],
-        PLANNED_CODE_BYTES,
-        params["artifact_limit_bytes"],
-    )
     near = [row for row in width_rows if 0.5 < row["bytes"] / params["artifact_limit_bytes"] < 1.6]
     verdicts = {True: "fits", False: "too large"}
     show_table(
-        [
-            (row["label"], row["parameters"], round(row["bytes"]), verdicts[row["fits"]])
-            for row in near
-        ],
+        [(row["label"], row["parameters"], round(row["bytes"]), verdicts[row["fits"]]) for row in near],
         header=("model", "weights", "predicted bytes", ""),
     )
 params["model_dim"] = model_dim = config.model_dim
@@ -483,7 +484,7 @@ show_table(
         ("until", f"{params['iterations']:,} steps" + (f", or {cap:,.0f} seconds, {params['gptq_reserve_seconds']:g} "
                   "of them for the export" if cap else "")),
         ("validation", f"{len(val_tokens) - 1:,} targets, {byte_tables.stream_bytes(val_tokens.to(device)):,} bytes"),
-        ("not from the preset", ", ".join(f"{name}={value}" for name, value in given.items()) or "nothing"),
+        ("not from the preset", ", ".join(f"{name}={value}" for name, value in changed.items()) or "nothing"),
         ("files", run_dir),
     ],
     header=("", "this run"),
@@ -533,7 +534,8 @@ try:
         log(*golf_record_lines(record, params["iterations"]), echo=not record.replayed)
 finally:  # also when it is stopped: the picture so far is worth keeping
     chart.finish()
-log(golf_memory_line(), f"ema: started at {params['swa_start_frac']:.0%} of the run, decay {ema.decay:.5f}")
+average = f"started at {params['swa_start_frac']:.0%} of the run, decay {ema.decay:.5f}" if ema.started else "none"
+log(golf_memory_line(), f"ema: {average}")
 raw = records[-1] if rank == 0 else None
 
 # %% [markdown]
@@ -556,7 +558,8 @@ from golf.golf_settings import frozen_parameters, public_settings
 from golf.packed_script import pack_script, running_program
 
 # %%
-ema.copy_to_model()
+if ema.started:  # a clock can end a run of a few steps before
+    ema.copy_to_model()
 windows_at_once = training.scoring_windows_at_once(world_size, params["sw_seq_len"])
 script = pack_script(frozen_parameters(running_program(), params)) if rank == 0 else b""
 ways = ["blocks", "sliding", *(way for way in ("lora", "sgd") if way != params["ttt_mode"])]
@@ -565,6 +568,9 @@ scoring = {"length": params["sw_seq_len"], "stride": params["sw_stride"], "ttt":
 scoring["depth"] = model.depth if is_recurrent else 0
 header = {"architecture": params["architecture"], "model": asdict(config), "scoring": scoring}
 export_inputs = {"script": hashlib.sha256(script).hexdigest(), "seed": params["seed"], "data": data.fingerprint()}
+if rank == 0:
+    export_inputs["weights"] = read_meta(os.path.join(run_dir, "checkpoints"), records[-1].step)["files"]
+export_inputs |= {"trained": [raw.step, raw.train_ms]} if rank == 0 else {}
 export = finished_stage("golf export", export_inputs, run_dir)
 if export is None:
     averaged = score_ladder(model, call, scoring, val_tokens, byte_tables, windows_at_once, device, ["blocks"])

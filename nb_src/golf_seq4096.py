@@ -205,6 +205,7 @@ compute_dtype, dtype_reason = choose_compute_dtype(device.type)
 accumulation = golf_accumulation_steps(world_size)
 if params["max_wallclock_seconds"] and "max_wallclock_seconds" not in given:
     params["max_wallclock_seconds"] *= 8 / world_size
+changed = {name: value for name, value in given.items() if value != SEQ4096_PRESETS[params["preset"]][name]}
 if not params["run_id"]:
     params["run_id"] = f"seq4096_{params['preset']}_seed{params['seed']}"
 
@@ -216,7 +217,7 @@ if not params["run_id"]:
 # %%
 from nanochat.stages import finish_stage, finished_stage, fingerprint_of, source_fingerprint, what_changed
 from nanochat.plots import LiveChart, show_figure, show_table
-from nanochat.checkpoint_files import load_checkpoint
+from nanochat.checkpoint_files import read_meta
 from nanochat.training_loop import TrainLog
 from nanochat.offline_corpus import collect_offline_documents
 from golf.shards import DistributedTokenLoader, TokenStream, load_validation_tokens, slice_tokens
@@ -310,7 +311,7 @@ show_table(
                  f"{accumulation} for each process"),
         ("until", f"{params['iterations']:,} steps" + (f", or {cap:,.0f} seconds" if cap else "")),
         ("validation", f"{len(val_tokens) - 1:,} targets, {byte_tables.stream_bytes(val_tokens.to(device)):,} bytes"),
-        ("not from the preset", ", ".join(f"{name}={value}" for name, value in given.items()) or "nothing"),
+        ("not from the preset", ", ".join(f"{name}={value}" for name, value in changed.items()) or "nothing"),
         ("files", run_dir),
     ],
     header=("", "this run"),
@@ -323,6 +324,7 @@ show_table(
 
 # %%
 from golf.int8_export import (
+    Int8Sizes,
     export_int8,
     int8_damage,
     int8_roundtrip_lines,
@@ -393,15 +395,25 @@ from golf.packed_script import pack_script, running_program
 
 # %%
 script = pack_script(frozen_parameters(running_program(), params)) if rank == 0 else b""
-restored, sizes = export_int8(
-    run_dir,
-    model.state_dict(),
-    tuple(params["int8_keep_float_fp32_name_patterns"].split(",")),
-    floors=((False,), (True,), (False, True))[params["int8_original_floor"]],
-    code_bytes=len(script),
-)
+artifact = os.path.join(run_dir, "final_model.int8.ptz")
+export_inputs = {"script": hashlib.sha256(script).hexdigest(), "data": data.fingerprint(), "seed": params["seed"]}
+export_inputs |= {"trained": [before.step, before.train_ms]} if rank == 0 else {}
+export = finished_stage("golf export", export_inputs, run_dir)
+if export is None:
+    _, sizes = export_int8(
+        run_dir,
+        model.state_dict(),
+        tuple(params["int8_keep_float_fp32_name_patterns"].split(",")),
+        floors=((False,), (True,), (False, True))[params["int8_original_floor"]],
+        code_bytes=len(script),
+    )
+    export = asdict(sizes) if rank == 0 else {}
+    if rank == 0:
+        write_atomic(os.path.join(run_dir, "train_gpt.py"), script)
+    finish_stage("golf export", export_inputs, export, [artifact, os.path.join(run_dir, "train_gpt.py")], run_dir)
+restored = read_int8_model(artifact)
 if rank == 0:
-    write_atomic(os.path.join(run_dir, "train_gpt.py"), script)
+    sizes = Int8Sizes(**export)
     log(*int8_size_lines(sizes, len(script)))
     show_table(
         [
@@ -429,7 +441,6 @@ from golf.fresh_process import run_in_fresh_process
 
 # %%
 model.load_state_dict(restored, strict=True)
-artifact = os.path.join(run_dir, "final_model.int8.ptz")
 evaluation_inputs = {"script": hashlib.sha256(script).hexdigest(), "model": sha256_of_golf_file(artifact)}
 evaluation_inputs |= {"data": data.fingerprint(), "device": device.type}
 scores = finished_stage("golf evaluation", evaluation_inputs, run_dir)

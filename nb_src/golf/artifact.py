@@ -506,7 +506,8 @@ def largest_that_fits(
     if not fitting:
         smallest = min(rows, key=lambda row: row["bytes"])
         raise UserError(
-            f"none of the {len(rows)} models fits: the smallest, {smallest['label']}, is predicted to have "
-            f"{smallest['bytes']:,.0f} bytes, {smallest['bytes'] - room:,.0f} more than the room of {room:,}."
+            f"no model fits into {limit_bytes:,} bytes with {code_bytes:,} bytes of code: the smallest, "
+            f"{smallest['label']}, is predicted to have {smallest['bytes']:,.0f}, {smallest['bytes'] - room:,.0f} too "
+            "many. Take fewer bits or a smaller vocabulary."
         )
     return max(fitting, key=lambda row: (row["parameters"], row["bytes"]))["label"], rows

@@ -109,6 +109,9 @@ def rotate_half_pairs(x, cos, sin):  # x (B, H, T, D); cos and sin (T, R/2) fp32
 # lost two things here. Its tables are cast to bf16 with the rest of the model, which leaves 513 different positions of
 # 1024 and 769 of 4096. And they are first computed inside the first evaluation, so that without warm-up steps the
 # first backward pass meets tensors that refuse to be saved for it.
+#
+# Only the distance of two tokens counts. A text longer than any in the training is therefore nothing new to a model
+# whose queries look back no further than in the training.
 
 
 # %%
@@ -121,31 +124,54 @@ class RotaryTables(nn.Module):
     def __init__(self, config: GolfShape):
         super().__init__()
         self.shape = config
-        self.build(torch.get_default_device())
+        self.cos, self.sin = self.tables(config.max_seq_len, torch.get_default_device())
 
-    def build(self, device) -> None:
+    def tables(self, length: int, device):
+        """cos and sin for positions 0 to length − 1, each (length, D/2)."""
         dims = torch.arange(0, self.shape.head_dim, 2, dtype=torch.float32, device=device)
         frequencies = self.shape.rope_base ** (-dims / self.shape.head_dim)
-        positions = torch.arange(self.shape.max_seq_len, dtype=torch.float32, device=device)
+        positions = torch.arange(length, dtype=torch.float32, device=device)
         if self.shape.bf16_rope:
             frequencies, positions = (table.bfloat16().float() for table in (frequencies, positions))
         angles = torch.outer(positions, frequencies)
         tables = angles.cos(), angles.sin()
-        if self.shape.bf16_rope:
-            tables = (table.bfloat16().float() for table in tables)
-        self.cos, self.sin = tables
+        return tuple(table.bfloat16().float() for table in tables) if self.shape.bf16_rope else tables
 
     def _apply(self, fn, recurse=True):  # what .to(), .cuda() and .bfloat16() call
         probe = fn(self.cos)
         if probe.device != self.cos.device:
-            self.build(probe.device)
+            self.cos, self.sin = self.tables(self.shape.max_seq_len, probe.device)
         return self
 
-    def forward(self, length: int):
-        """The tables of the first positions, each (length, D/2)."""
-        if length > self.shape.max_seq_len:
-            raise ValueError(f"{length} tokens are more than the {self.shape.max_seq_len} positions of max_seq_len")
+    def forward(self, length: int, window: int | None = None):
+        """The tables of the first positions, each (length, D/2), for attention over the last `window` of them."""
+        farthest = length if window is None else min(length, window)
+        if farthest > self.shape.max_seq_len:
+            raise ValueError(f"{farthest} tokens are more than the {self.shape.max_seq_len} positions of max_seq_len")
+        if length > self.shape.max_seq_len:  # made and forgotten: a table kept from an evaluation breaks the training
+            return self.tables(length, self.cos.device)
         return self.cos[:length], self.sin[:length]
+
+
+# %% [markdown]
+# ### `windowed_attention`
+# For long texts: a window limits how far a query looks back. Queries are taken in blocks, each with the keys that any
+# of them can see, so the cost grows with the length of the text and not with its square.
+
+
+# %%
+def windowed_attention(q, k, v, window: int, grouped: bool):  # q (B, H, n, D); k and v (B, Hkv, T, D) -> as q
+    """Attention of the last n positions; each sees `window` keys: its own and those right before it."""
+    T, skipped, rows = k.size(2), k.size(2) - q.size(2), []
+    positions = torch.arange(T, device=q.device)
+    block = max(1, window // 4)  # a larger one computes more keys in vain, a smaller one is no faster
+    for start in range(skipped, T, block):
+        stop, first = min(start + block, T), max(0, start - window + 1)
+        distance = positions[start:stop, None] - positions[first:stop]
+        mask = (distance >= 0) & (distance < window)
+        queries, seen = q[:, :, start - skipped : stop - skipped], slice(first, stop)
+        rows.append(F.scaled_dot_product_attention(queries, k[:, :, seen], v[:, :, seen], mask, enable_gqa=grouped))
+    return torch.cat(rows, 2)
 
 
 # %% [markdown]
@@ -171,19 +197,21 @@ class GolfAttention(nn.Module):
     def heads(self, x):  # (B, T, H·D) -> (B, H, T, D)
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def attend(self, h, cos, sin, last: int | None = None):  # (B, T, C) -> (B, H, T or last, D), (B, Hkv, T, D)
+    def attend(self, h, cos, sin, last=None, window=None):  # (B, T, C) -> (B, H, T or last, D), (B, Hkv, T, D)
         """What each head gathers, and the values that it gathers from."""
         T, n = h.size(1), last or h.size(1)
         q = rms_normalise(self.heads(self.c_q(last_positions(h, last))))
         k, v = rms_normalise(self.heads(self.c_k(h))), self.heads(self.c_v(h))
         q = rotate_half_pairs(q, cos[-n:], sin[-n:]) * self.q_gain.to(q.dtype)[:, None, None]
         k = rotate_half_pairs(k, cos, sin)
+        if window is not None and window < T:
+            return windowed_attention(q, k, v, window, self.grouped), v
         # with fewer queries than keys torch's own causal mask would align their beginnings, not their ends
         mask = None if n == T else torch.ones(n, T, dtype=torch.bool, device=h.device).tril(T - n)
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.grouped), v
 
-    def forward(self, h, cos, sin, last: int | None = None):  # (B, T, C) -> (B, T or last, C)
-        y, _ = self.attend(h, cos, sin, last)
+    def forward(self, h, cos, sin, last=None, window=None):  # (B, T, C) -> (B, T or last, C)
+        y, _ = self.attend(h, cos, sin, last, window)
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
@@ -223,9 +251,10 @@ class GolfBlock(nn.Module):
         keep, anchor = self.resid_mix.to(x.dtype)
         return keep * x + anchor * x0
 
-    def forward(self, x, x0, cos, sin, last: int | None = None):  # (B, T, C) -> (B, T or last, C)
+    def forward(self, x, x0, cos, sin, last=None, window=None):  # (B, T, C) -> (B, T or last, C)
         x = self.mixed(x, x0)
-        x = last_positions(x, last) + self.attn_scale.to(x.dtype) * self.attn(rms_normalise(x), cos, sin, last)
+        attended = self.attn_scale.to(x.dtype) * self.attn(rms_normalise(x), cos, sin, last, window)
+        x = last_positions(x, last) + attended
         return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_normalise(x))
 
 
@@ -253,8 +282,9 @@ class GolfHead(nn.Module):
 class GolfModel(nn.Module):
     """Embedding, head and loss. `compute_dtype` is the dtype of activations; weights stay in fp32.
 
-    A system adds its blocks and `trunk(ids, last=None, ...)`: (B, T) int64 -> normalised hidden states (B, T, C), or
-    with `last` those of the last positions of each row, (B, last, C).
+    A system adds its blocks and `trunk(ids, last=None, window=None, ...)`: (B, T) int64 -> normalised hidden states
+    (B, T, C), or with `last` those of the last positions of each row, (B, last, C). window: keys that a query of any
+    layer sees; None for all before it. Only with a window may T be more than max_seq_len.
     """
 
     def __init__(self, config: GolfShape, compute_dtype: torch.dtype = torch.float32):
@@ -306,14 +336,14 @@ class GolfGPT(GolfModel):
         self.encoders = config.num_layers // 2
         self.skip_weights = nn.Parameter(torch.ones(self.encoders, config.model_dim))
 
-    def trunk(self, ids, last: int | None = None):
-        cos, sin = self.rope(ids.size(1))
+    def trunk(self, ids, last: int | None = None, window: int | None = None):
+        cos, sin = self.rope(ids.size(1), window)
         x = x0 = self.embed(ids)
         skips = []
         for i, block in enumerate(self.blocks):
             if i >= self.encoders and skips:
                 x = x + self.skip_weights[i - self.encoders].to(x.dtype) * skips.pop()
-            x = block(x, x0, cos, sin, last if i == len(self.blocks) - 1 else None)
+            x = block(x, x0, cos, sin, last if i == len(self.blocks) - 1 else None, window)
             if i < self.encoders:
                 skips.append(x)
         return rms_normalise(x)

@@ -1,15 +1,16 @@
 # %% [markdown]
 # ## The ladder of scores
 #
-# One model, scored in four ways: in blocks that each begin blind; in windows that slide, so that every token has a
-# past; with training on what was scored; and with training on each document by itself. Every step costs time, and the
-# limit for all of it together is ten minutes.
+# One model, scored in five ways: in blocks that each begin blind; in long stretches, where every token is computed once
+# and looks back over a band; in windows that slide, so that every prediction has a window of its own; with training on
+# what was scored; and with training on each document by itself. Every step costs time, and the limit for all of it
+# together is ten minutes.
 
 # %%
 import time
 from functools import partial
 
-from golf.golf_scoring import score_stream
+from golf.golf_scoring import score_banded, score_stream
 from golf.golf_ttt import TTTSettings, score_with_lora_ttt, score_with_sgd_ttt
 
 # %% [markdown]
@@ -18,16 +19,17 @@ from golf.golf_ttt import TTTSettings, score_with_lora_ttt, score_with_sgd_ttt
 
 # %%
 LADDER_LABELS = {
-    "blocks": "in blocks", "sliding": "sliding windows", "sgd": "and training on what was scored",
-    "lora": "training on each document",
+    "blocks": "in blocks", "banded": "in a band", "sliding": "sliding windows",
+    "sgd": "and training on what was scored", "lora": "training on each document",
 }  # fmt: skip
 
 
 def score_ladder(model, call, scoring: dict, stream, byte_tables, batch_windows: int, device, ways) -> dict[str, dict]:
     """way → val_loss (nats per token), val_bpb, seconds. Every rank must call it. Golf spec sections 4.7 and 4.8.
 
-    call: the model, compiled or not; adapters need the eager one. scoring: the artifact's: length, stride and the
-    fields of TTTSettings. ways: of LADDER_LABELS, in the order in which to score; each starts from the same weights.
+    call: the model, compiled or not; adapters and the band need the eager one. scoring: the artifact's: length, stride
+    and the fields of TTTSettings. ways: of LADDER_LABELS, in the order in which to score; each starts from the same
+    weights.
     """
     length, stride, ttt = scoring["length"], scoring["stride"], TTTSettings(**scoring["ttt"])
     losses_of, rows = partial(call, reduction="none"), {}
@@ -35,6 +37,10 @@ def score_ladder(model, call, scoring: dict, stream, byte_tables, batch_windows:
         started = time.perf_counter()
         if way == "blocks":
             sums = score_stream(losses_of, stream, byte_tables, length, None, batch_windows, device)
+        elif way == "banded":
+            # to compile the many small blocks of a band takes longer than to run them once
+            eager = partial(model, reduction="none")
+            sums = score_banded(eager, stream, byte_tables, length, stride, batch_windows, device)
         elif way == "sliding":
             sums = score_stream(losses_of, stream, byte_tables, length, stride, batch_windows, device)
         elif way == "sgd":

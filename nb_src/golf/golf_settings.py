@@ -11,6 +11,7 @@
 import ast
 import difflib
 import math
+import re
 
 import torch
 
@@ -119,7 +120,7 @@ MAY_BE_ZERO_IN_GOLF = {
 def resolve_golf_parameters(
     cell: dict, presets: dict[str, dict], arguments: list[str] | None = None, environment: dict | None = None
 ) -> tuple[dict, dict]:
-    """(every parameter with the value that takes effect, those of them that are not the preset's).
+    """(every parameter with the value that takes effect, those of them that were given, the preset's name aside).
 
     cell: the notebook's parameters, where -1 and "" mean "not given". presets: of the notebook; the first is the one
     for a GPU, "cpu" for everything else. arguments: a command line, or None. environment: os.environ or the like.
@@ -134,7 +135,7 @@ def resolve_golf_parameters(
     chosen |= parse_arguments(arguments or [], types, "train_gpt.py")
     given = {name: typed_value(name, value, types[name]) for name, value in chosen.items()}
     given = {name: value for name, value in given.items() if is_given(value)}
-    preset = given.get("preset", "auto")
+    preset = given.pop("preset", "auto")
     if preset == "auto":
         preset = next(iter(presets)) if torch.cuda.is_available() else "cpu"
     if preset not in presets:
@@ -144,7 +145,30 @@ def resolve_golf_parameters(
         may_be_zero = value == 0 and name in MAY_BE_ZERO_IN_GOLF
         if types[name] in (int, float) and not (0 < value < math.inf or may_be_zero):
             raise UserError(f"{name} is {value}; it must be positive, or -1 for the preset's value.")
-    return params, {name: value for name, value in given.items() if value != presets[preset][name] and name != "preset"}
+    refuse_impossible_settings(params)
+    return params, given
+
+
+def refuse_impossible_settings(params: dict) -> None:
+    """Raise UserError for what would only be noticed after the training, or not at all."""
+    if params["run_id"] and not re.fullmatch(r"\w[\w.+-]*", params["run_id"], re.A):
+        raise UserError(f"run_id is {params['run_id']!r}; it names a folder and may hold letters, digits and _ . + -.")
+    if params["data_path"] and not params["tokenizer_path"]:
+        raise UserError("data_path is given and tokenizer_path is not. Name the tokenizer that wrote those shards.")
+    if "ttt_mode" not in params:  # the first system
+        return
+    if params["ttt_mode"] not in ("off", "sgd", "lora"):
+        raise UserError(f"ttt_mode is {params['ttt_mode']!r}; it can be off, sgd or lora.")
+    if params["compressor"] not in ("auto", "brotli", "lzma", "zlib"):
+        raise UserError(f"compressor is {params['compressor']!r}; it can be auto, brotli, lzma or zlib.")
+    if not re.fullmatch(r"([1-9]\d*(\|[1-9]\d*)*)?", params["train_recurrences"]):
+        raise UserError(f"train_recurrences is {params['train_recurrences']!r}; write numbers of rounds as in 4|8.")
+    cap, reserve = params["max_wallclock_seconds"], params["gptq_reserve_seconds"]
+    if 0 < cap <= reserve:
+        raise UserError(
+            f"max_wallclock_seconds is {cap:g} and gptq_reserve_seconds {reserve:g}, so no time is left to train. "
+            "Raise the one or lower the other."
+        )
 
 
 def golf_skipped(text: str, stages: tuple[str, ...]) -> set[str]:

@@ -176,7 +176,7 @@ def train_golf(
     log = TrainLog(folder, GolfRecord)
     step, meta = find_resumable(str(folder), fingerprint, world_size)
     finished = bool(meta and meta["finished"])
-    history = log.keep_before(step, keep_evaluation=True) if rank == 0 else []
+    history = log.keep_before(step, keep_evaluation=meta is not None) if rank == 0 else []
     if meta:
         weights, state, _ = load_checkpoint(folder, step, device, load_optimizer=True, rank=rank)
         model.load_state_dict(weights)
@@ -227,14 +227,16 @@ def train_golf(
                 clock.pause()
                 sums = validate()
                 clock.resume()
-            logged = loss is not None and (over or step <= 10 or step % training.train_log_every == 0)
+            logged = over or step <= 10 or step % training.train_log_every == 0
+            saving = over or ((asked_to_stop or save_is_due) and step > began)
+            mean_loss = shared_loss(loss) if loss is not None and (logged or saving) else None
             pace = (clock.elapsed_ms - began_ms) / (step - began) if step > began else None
             record = GolfRecord(
                 step=step,
                 train_ms=clock.elapsed_ms,
                 lr_multiplier=multiplier,
                 muon_momentum=training.momentum(max(step - 1, 0)),
-                loss=shared_loss(loss) if logged else None,
+                loss=mean_loss if logged else None,
                 val_loss=sums.val_loss if sums else None,
                 val_bpb=sums.val_bpb if sums else None,
                 tokens_per_second=1000 * training.train_batch_tokens / pace if pace else None,
@@ -246,7 +248,7 @@ def train_golf(
                 if rank == 0:
                     log.append(record)
                 yield record
-            if over or ((asked_to_stop or save_is_due) and step > began):
+            if saving:
                 clock.pause()
                 save(finished=over)
                 last_save = time.monotonic()

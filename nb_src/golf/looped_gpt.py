@@ -93,8 +93,8 @@ class LoopedAttention(GolfAttention):
         super().__init__(config)
         self.exclude_own_value = config.exclude_own_value
 
-    def forward(self, h, cos, sin, last: int | None = None):  # (B, T, C) -> (B, T or last, C)
-        y, v = self.attend(h, cos, sin, last)
+    def forward(self, h, cos, sin, last=None, window=None):  # (B, T, C) -> (B, T or last, C)
+        y, v = self.attend(h, cos, sin, last, window)
         y = without_own_value(y, v) if self.exclude_own_value else y
         return self.proj(y.transpose(1, 2).flatten(2))
 
@@ -125,10 +125,10 @@ class LoopedBlock(GolfBlock):
         self.parallel = layer >= config.parallel_residual_start
         self.norm_scale = (layer + 1) ** -0.5 if config.scale_norms else 1.0
 
-    def forward(self, x, x0, cos, sin, last: int | None = None):  # (B, T, C) -> (B, T or last, C)
+    def forward(self, x, x0, cos, sin, last=None, window=None):  # (B, T, C) -> (B, T or last, C)
         x = self.mixed(x, x0)
         h = self.norm_scale * rms_normalise(x)
-        x = last_positions(x, last) + self.attn_scale.to(x.dtype) * self.attn(h, cos, sin, last)
+        x = last_positions(x, last) + self.attn_scale.to(x.dtype) * self.attn(h, cos, sin, last, window)
         h = last_positions(h, last) if self.parallel else self.norm_scale * rms_normalise(x)
         return x + self.mlp_scale.to(x.dtype) * self.mlp(h)
 
@@ -157,18 +157,18 @@ class LoopedGPT(GolfModel):
         skip = self.skip_weights[place].to(x.dtype) * skip
         return x + skip if self.skip_gates is None else skip.lerp(x, self.skip_gates[place].sigmoid().to(x.dtype))
 
-    def trunk(self, ids, last: int | None = None, looping: bool = True):
+    def trunk(self, ids, last: int | None = None, window: int | None = None, looping: bool = True):
         """Hidden states; looping False: each layer once, as in the first part of the training."""
         order = self.config.layer_order(looping)
         half, step = len(order) // 2, self.config.head_dim // self.config.rope_dims
         # a head's frequencies form a geometric series: every step-th is the series of rope_dims channels
-        cos, sin = (table[:, ::step] for table in self.rope(ids.size(1)))
+        cos, sin = (table[:, ::step] for table in self.rope(ids.size(1), window))
         x = x0 = self.embed(ids)
         skips = []
         for i, layer in enumerate(order):
             if i >= half and skips:
                 x = self.with_skip(x, skips.pop(), i - half)
-            x = self.blocks[layer](x, x0, cos, sin, last if i == len(order) - 1 else None)
+            x = self.blocks[layer](x, x0, cos, sin, last if i == len(order) - 1 else None, window)
             if i < half:
                 skips.append(x)
         return rms_normalise(x)

@@ -67,12 +67,17 @@ def plan_width(
 ) -> tuple[object, list[dict]]:
     """(the config with the widest of `widths` that fits, one row for each of them). Golf spec section 4.6.
 
-    rules_of(shapes) -> storage rules by name. Raises UserError when none fits.
+    rules_of(shapes) -> storage rules by name. Widths that the architecture cannot have are passed over. Raises
+    UserError when none is left or none fits.
     """
-    configs = {}
+    configs, refusal = {}, None
     for width in widths:
-        if width % config.num_heads == 0 and width // config.num_heads % 2 == 0:
+        try:
             configs[f"width {width}"] = replace(config, model_dim=width)
+        except UserError as error:  # this width does not fit the heads
+            refusal = error
+    if not configs:
+        raise refusal
     shapes = {label: shapes_of(architecture, each) for label, each in configs.items()}
     candidates = [(label, shapes[label], rules_of(shapes[label])) for label in configs]
     label, rows = largest_that_fits(candidates, code_bytes, limit_bytes)

@@ -50,10 +50,10 @@ class ParallelBlock(GolfBlock):
 
     parallel = True
 
-    def forward(self, x, x0, cos, sin, last: int | None = None):  # (B, T, C) -> (B, T or last, C)
+    def forward(self, x, x0, cos, sin, last=None, window=None):  # (B, T, C) -> (B, T or last, C)
         x = self.mixed(x, x0)
         h = rms_normalise(x)
-        attended = self.attn_scale.to(x.dtype) * self.attn(h, cos, sin, last)
+        attended = self.attn_scale.to(x.dtype) * self.attn(h, cos, sin, last, window)
         return last_positions(x, last) + attended + self.mlp_scale.to(x.dtype) * self.mlp(last_positions(h, last))
 
 
@@ -76,18 +76,18 @@ class RecurrentGPT(GolfModel):
         self.iter_embed = nn.Parameter(torch.zeros(rounds, config.model_dim)) if rounds else None
         self.depth = config.num_recurrences  # rounds of a forward pass that does not say how many
 
-    def trunk(self, ids, last: int | None = None, depth: int | None = None):
+    def trunk(self, ids, last: int | None = None, window: int | None = None, depth: int | None = None):
         """Hidden states after `depth` rounds (None or 0: self.depth). Beyond the trained rounds the last embedding is
         used again."""
         depth = depth or self.depth
-        cos, sin = self.rope(ids.size(1))
+        cos, sin = self.rope(ids.size(1), window)
         x = x0 = self.embed(ids)
         for r in range(depth):
             if self.iter_embed is not None:
                 x = x + self.iter_embed[min(r, self.config.num_recurrences - 1)].to(x.dtype)
             for u, block in enumerate(self.blocks):
                 final = r == depth - 1 and u == len(self.blocks) - 1
-                x = block(x, x0, cos, sin, last if final else None)
+                x = block(x, x0, cos, sin, last if final else None, window)
         return rms_normalise(x)
 
 

@@ -103,20 +103,10 @@ WARM_UP_STEPS = 11
 
 
 class TrainMeter:
-    """Adds up what the records of a run tell; `state` goes into the checkpoints and back into the next meter.
+    """Adds up what the records of a run tell; `state` goes into the checkpoints and back into the next meter."""
 
-    kind: the dataclass of the records; what it has beyond a TrainRecord comes as `**more` with each of them.
-    """
-
-    def __init__(
-        self,
-        device: torch.device,
-        tokens_per_step: int,
-        flops_per_step: int,
-        state: dict | None = None,
-        kind: type[TrainRecord] = TrainRecord,
-    ):
-        self.tokens_per_step, self.flops_per_step, self.kind = tokens_per_step, flops_per_step, kind
+    def __init__(self, device: torch.device, tokens_per_step: int, flops_per_step: int, state: dict | None = None):
+        self.tokens_per_step, self.flops_per_step = tokens_per_step, flops_per_step
         self.peak_flops = get_peak_flops(device_name_of(device)) * get_dist_info()[3]
         state = state or {"min_val_bpb": None, "smooth_train_loss": 0.0, "total_training_time": 0.0}
         self.min_val_bpb = math.inf if state["min_val_bpb"] is None else state["min_val_bpb"]
@@ -147,7 +137,7 @@ class TrainMeter:
             self.timed_seconds += seconds
             if progress > 0:
                 eta_seconds = (step / progress - step) * self.timed_seconds / self.timed_steps
-        return self.kind(
+        return TrainRecord(
             step=step,
             loss=loss,
             smooth_loss=smoothed(self.ema_loss, step + 1),
@@ -162,12 +152,12 @@ class TrainMeter:
             **more,
         )
 
-    def last_record(self, step: int, epoch: int, val_bpb: float, samples=None, **more) -> TrainRecord:
+    def last_record(self, step: int, epoch: int, val_bpb: float, samples=None) -> TrainRecord:
         """The record after the last step."""
-        return self.kind(
+        return TrainRecord(
             step, None, smoothed(self.ema_loss, step), 0.0, 0.0, 0.0, None, epoch, self.total_seconds, 0.0,
             self.flops_per_step * step, val_bpb, samples, progress=1.0,
-            wall_seconds=time.time() - self.wall_clock_began, **more,
+            wall_seconds=time.time() - self.wall_clock_began,
         )  # fmt: skip
 
 
@@ -228,10 +218,10 @@ def find_resumable(folder: str, fingerprint: str, world_size: int) -> tuple[int,
         wait_for_everyone()
         print0(f"{Path(folder).name} was trained with other settings or data; it is kept as {Path(aside).name}")
         return 0, None
-    if meta["world_size"] != world_size and step:
+    if meta["world_size"] != world_size and step and not meta.get("finished"):
         raise UserError(
             f"checkpoint {Path(folder).name} was written by {meta['world_size']} processes and this run has "
-            f"{world_size}. Start {meta['world_size']}, or give this run another model_tag."
+            f"{world_size}. Start {meta['world_size']}, or give this run another name (model_tag, run_id)."
         )
     return step, meta
 

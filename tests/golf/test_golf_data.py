@@ -17,6 +17,7 @@ from golf.golf_data import (
     export_golf_data,
     golf_documents,
     open_golf_data,
+    open_golf_shards,
     prepare_golf_data,
     write_golf_documents,
 )
@@ -154,6 +155,28 @@ def test_exporting_again_leaves_no_old_shards(tmp_path):
     assert len(open_golf_data(folder, "byte260").train_files) > 5
     export(folder, [BYTES], shard_tokens=10**6)
     assert len(open_golf_data(folder, "byte260").train_files) == 1
+
+
+def test_a_folder_of_shards_without_a_manifest(tmp_path):
+    """DATA_PATH of a published command that is refused, or training shards that an evaluation asks for in vain."""
+    exported = export(tmp_path / "export")
+    whole = open_golf_data(exported, "byte260")
+    shards, tokenizer = Path(whole.dataset_path), whole.tokenizer_path
+    data = open_golf_shards(shards, tokenizer, 260)
+    assert (data.train_files, data.val_files, data.vocab_size) == (whole.train_files, whole.val_files, 260)
+    assert (data.name, data.dataset_path, data.fingerprint()) == (whole.name, str(shards), whole.fingerprint())
+    assert data.stats == {name: whole.stats[name] for name in data.stats}
+    fewer = open_golf_shards(shards, tokenizer, 260, train_shards=1)
+    assert fewer.train_files == whole.train_files[:1] and fewer.fingerprint() != data.fingerprint()
+    for path in shards.glob("fineweb_train_*"):
+        path.unlink()
+    assert open_golf_shards(shards, tokenizer, 260, training=False).train_files == ()
+    with pytest.raises(UserError, match="holds no fineweb_train_"):
+        open_golf_shards(shards, tokenizer, 260)
+    with pytest.raises(UserError, match="holds no fineweb_val_"):
+        open_golf_shards(tmp_path, tokenizer, 260)
+    with pytest.raises(UserError, match="260"):
+        open_golf_shards(shards, tokenizer, 100, training=False)
 
 
 def test_the_number_of_validation_documents(tmp_path):

@@ -2,8 +2,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from golf.golf_gpt import GolfConfig, GolfGPT, RotaryTables, is_control_tensor, parameter_roles
+from golf.golf_gpt import GolfConfig, GolfGPT, RotaryTables, is_control_tensor, parameter_roles, windowed_attention
 from nanochat.runtime import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -154,6 +155,43 @@ def test_last_positions_are_those_of_the_whole(last):
     torch.testing.assert_close(model(ids, last=last), model(ids)[:, -last:], rtol=1e-5, atol=1e-5)
     some, whole = (model(ids, targets, reduction="none", last=n) for n in (last, None))
     torch.testing.assert_close(some, whole[:, -last:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("T, n", [(1, 1), (7, 7), (24, 24), (24, 5), (25, 24)])
+@pytest.mark.parametrize("window", [1, 2, 6, 9, 24, 40])
+def test_windowed_attention_is_one_mask(T, n, window):
+    """Blocks of queries that begin or end a key too early or too late: a leak, or a shorter past than promised."""
+    generator = torch.Generator().manual_seed(T)
+    q, k, v = (torch.randn(2, h, t, 8, generator=generator) for h, t in ((4, n), (2, T), (2, T)))
+    mask = torch.ones(T, T, dtype=torch.bool).tril() & ~torch.ones(T, T, dtype=torch.bool).tril(-window)
+    expected = F.scaled_dot_product_attention(q, k, v, mask[T - n :], enable_gqa=True)
+    torch.testing.assert_close(windowed_attention(q, k, v, window, True), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_reaches_every_layer():
+    """With windows of 4 keys five layers see 15 tokens back and no further; and the text may outgrow the tables."""
+    model, ids = tiny_model(), tiny_batch(length=100)[0]
+    before = model(ids, window=4)
+    for at in (0, 30):
+        changed = ids.clone()
+        changed[:, at] = (changed[:, at] + 1) % 61
+        moved = (model(changed, window=4) != before).any(-1).any(0).nonzero()[:, 0]
+        assert moved.min() == at and moved.max() == at + 15
+    torch.testing.assert_close(model(ids, window=4, last=70), before[:, -70:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(ids[:, :48], window=48), model(ids[:, :48]), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="49 tokens are more than the 48 positions"):
+        model(ids, window=49)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_long_texts_leave_nothing_behind(mode):
+    """Tables that grow in an evaluation are tensors that the next backward refuses."""
+    model, (ids, targets) = tiny_model(), tiny_batch(length=100)
+    with mode():
+        model(ids, targets, reduction="none", window=16)
+    assert len(model.rope.cos) == 48
+    model(ids[:, :48], targets[:, :48]).backward()
+    assert model.tok_emb.weight.grad.any()
 
 
 def test_rotary_tables_stay_fp32():

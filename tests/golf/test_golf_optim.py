@@ -252,6 +252,46 @@ def test_ema_is_the_spec():
         assert not torch.equal(w.double(), weights[name])
 
 
+def test_ema_goes_on_from_its_state():
+    """A resumed run whose average begins anew, with another decay, or goes on in the checkpoint's own tensors."""
+    model = golf_model()
+    whole, first = (WeightEMA(model, decay=0.9, start_fraction=0.25) for _ in range(2))
+    assert first.state_dict() == {"decay": None, "shadow": {}}
+    resumed = WeightEMA(model, decay=0.5, start_fraction=0.25)
+    resumed.load_state_dict(first.state_dict())
+    assert not resumed.started
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 101):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn(p.shape, generator=generator))
+        whole.update(step, step / 100)
+        if step <= 40:
+            first.update(step, step / 100)
+        if step == 40:
+            resumed.load_state_dict(copy.deepcopy(first.state_dict()))
+        if step > 40:
+            resumed.update(step, step / 100)
+    assert resumed.started and resumed.decay == whole.decay == pytest.approx(1 - 10 / 75)
+    assert resumed.shadow.keys() == model.state_dict().keys()
+    assert all(torch.equal(w, whole.shadow[name]) for name, w in resumed.shadow.items())
+
+
+def test_control_patterns_choose_the_optimizer():
+    """CONTROL_TENSOR_NAME_PATTERNS printed and ignored: Muon orthogonalises a matrix that steers others."""
+    model = golf_model()
+    members = {}
+    for patterns in (("resid_mix", "skip_weight"), ("resid_mix", "skip_weight", "c_k")):
+        optimizer = setup_golf_optimizer(model, control_patterns=patterns, compute_dtype=torch.float32)
+        muon = {id(p) for group in optimizer.param_groups if group["kind"] == "muon" for p in group["params"]}
+        members[patterns] = {name for name, p in model.named_parameters() if id(p) in muon}
+        everything = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        assert sorted(everything) == sorted(map(id, model.parameters()))
+    without, with_keys = members.values()
+    assert {name for name in without - with_keys} == {name for name in without if "c_k" in name} != set()
+    assert with_keys < without
+
+
 def test_ema_is_fp32_beside_bf16_weights():
     """In bf16 a step of 0.001 of the distance is less than the last bit, and the average stands still."""
     model = torch.nn.Linear(4, 4, bias=False).bfloat16()

@@ -113,6 +113,13 @@ def test_clock_without_a_cap():
     assert clock.lr_multiplier(2, 2) == 0.5 and clock.elapsed_ms == 3e9
 
 
+def test_flags_come_back():
+    """A stop button that nobody hears."""
+    clock = TrainingClock(iterations=3, now=StepwiseTime())
+    assert clock.step_done(1) == [] and clock.step_done(2, True, False) == [True, False]
+    assert clock.elapsed_ms == 0
+
+
 CLOCKS = """
 import json, torch.distributed as dist
 from golf.golf_schedule import TrainingClock
@@ -124,8 +131,8 @@ steps, seen = 0, []
 while not clock.is_over(steps):
     seconds[0] += 1.0 if rank else 1.3  # one rank is slower
     steps += 1
-    clock.step_done(steps)
-    seen.append([clock.elapsed_ms, clock.lr_multiplier(steps, 5), clock.progress(steps)])
+    flags = clock.step_done(steps, rank == 1 and steps == 3, steps == 5, False)
+    seen.append([flags, clock.elapsed_ms, clock.lr_multiplier(steps, 5), clock.progress(steps)])
 print(json.dumps([steps, clock.stop_step, seen]))
 dist.destroy_process_group()
 """
@@ -137,7 +144,9 @@ def test_all_processes_stop_at_the_same_step(world):
     ranks = [json.loads(out) for out in run_ranks(CLOCKS, world_size=world)]
     assert all(rank == ranks[0] for rank in ranks)
     steps, stop_step, seen = ranks[0]
-    assert steps == stop_step == 8 and seen[0][0] == pytest.approx(1300)
+    assert steps == stop_step == 8 and seen[0][1] == pytest.approx(1300)
+    asked = [flags for flags, *_ in seen]
+    assert asked == [[step == 3, step == 5, False] for step in range(1, 9)]  # whoever asked, all hear of it
 
 
 def train(model, optimizer, steps: int, offset: int = 0) -> list[float]:

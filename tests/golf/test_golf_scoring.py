@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_golf_gpt import randomise
 
 from golf.golf_gpt import GolfConfig, GolfGPT
-from golf.golf_scoring import score_stream, scoring_windows, share_of_windows, window_losses
+from golf.golf_scoring import score_banded, score_stream, scoring_windows, share_of_windows, window_losses
 from golf.recurrent_gpt import RecurrentConfig, RecurrentGPT
 from helpers import run_ranks
 from nanochat.runtime import UserError
@@ -120,6 +120,19 @@ def test_sums_are_those_of_the_targets(L, S, dtype):
     assert score.sums.dtype == torch.float64 and score.sums[1:].tolist() == [53, n_bytes]
     assert score.val_loss == pytest.approx(nats / 53, rel=1e-5)
     assert score.val_bpb == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
+
+
+@pytest.mark.parametrize("N", [1, 5, 16, 53, 70, 203])
+@pytest.mark.parametrize("batch_windows", [1, 32])
+def test_a_band_is_exact_for_one_layer(N, batch_windows):
+    """A single layer cannot look past its window: each target must get the score of the window that ends with it."""
+    torch.manual_seed(0)
+    model = randomise(GolfGPT(GolfConfig(num_layers=1, **SHAPE | {"max_seq_len": 16})))
+    losses_of, stream = partial(model, reduction="none"), tokens_of(N)
+    band = score_banded(losses_of, stream, byte_tables(), 16, 4, batch_windows)
+    exact = score_stream(losses_of, stream, byte_tables(), 12, 1)
+    assert torch.equal(band.sums[1:], exact.sums[1:])
+    torch.testing.assert_close(band.sums[0], exact.sums[0], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("make", [golf_model, recurrent_model])

@@ -47,6 +47,12 @@ def test_the_nearest_place_wins():
     assert given == {"matrix_lr": 0.3, "seed": 7, "num_layers": 5, "beta1": 0.5, "num_heads": 2}
 
 
+def test_what_was_given_counts_as_given_when_the_preset_agrees():
+    """An explicit cap of 600 seconds that is stretched to 4,800 on one GPU, as the preset's own is."""
+    _, given = resolve(["--preset=record", "--max_wallclock_seconds=600"])
+    assert given == {"max_wallclock_seconds": 600.0}
+
+
 def test_what_nobody_sets_is_the_presets():
     """A preset of which a part is forgotten, or a -1 of the cell that becomes a value."""
     for presets, spine in ((SEQ4096_PRESETS, "golf_seq4096"), (RECURRENT_PRESETS, "golf_recurrent")):
@@ -82,6 +88,26 @@ def test_what_cannot_be_meant_is_refused_by_name(arguments, cell, environment, s
     """A misspelt rate that trains ten minutes with the old one."""
     with pytest.raises(UserError, match=sentence):
         resolve(arguments, cell, environment)
+
+
+@pytest.mark.parametrize(
+    "argument, sentence",
+    [
+        ("--run_id=../other", "run_id is '../other'"),
+        ("--data_path=shards", "data_path is given and tokenizer_path is not"),
+        ("--ttt_mode=adam", "ttt_mode is 'adam'"),
+        ("--compressor=gzip", "compressor is 'gzip'"),
+        ("--train_recurrences=4,8", "train_recurrences is '4,8'"),
+        ("--train_recurrences=0|2", "train_recurrences is '0|2'"),
+        ("--max_wallclock_seconds=12", "no time is left to train"),
+    ],
+)
+def test_what_would_only_be_noticed_later_is_refused_at_once(argument, sentence):
+    """A run of ten minutes that ends because nobody knows the codec, or that writes into another folder."""
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        resolve(["--preset=cpu", argument], presets=RECURRENT_PRESETS)
+    for fine in ("--run_id=a_1.b-2", "--train_recurrences=4|8", "--max_wallclock_seconds=13"):
+        resolve(["--preset=cpu", fine], presets=RECURRENT_PRESETS)
 
 
 def test_zero_where_zero_means_off():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from test_golf_scoring import byte_tables, golf_model, recurrent_model
 from test_golf_ttt import SMALL, documents_stream
 
-from golf.golf_scoring import report_scores, score_stream, scoring_windows, window_losses
+from golf.golf_scoring import report_scores, score_banded, score_stream, scoring_windows, window_losses
 from golf.golf_tokenizers import BpbSums, ByteTables
 from golf.golf_ttt import TTTSettings, score_with_lora_ttt, score_with_sgd_ttt, stream_documents
 from golf.legality import (
@@ -45,6 +45,16 @@ def test_plain_scoring_is_legal(make, stride):
     model = make()
     borders = [window.first for window in scoring_windows(150, L, stride)]
     scorer = lambda s, watch: score_stream(losses_of_model(model), s, TABLES, L, stride, 5, watch=watch)  # noqa: E731
+    assert wrong(scorer, number=20, borders=borders) == set()
+
+
+@pytest.mark.parametrize("make", [golf_model, recurrent_model])
+@pytest.mark.parametrize("length", [4, 16])
+def test_banded_scoring_is_legal(make, length):
+    """A band is a mask of its own: one token too far to the right and every layer sees the future."""
+    model = make()
+    scorer = lambda s, watch: score_banded(losses_of_model(model), s, TABLES, length, S, 5, watch=watch)  # noqa: E731
+    borders = [window.first for window in scoring_windows(150, 9 * length - S, 8 * length)]
     assert wrong(scorer, number=20, borders=borders) == set()
 
 
