@@ -570,7 +570,6 @@ header = {"architecture": params["architecture"], "model": asdict(config), "scor
 export_inputs = {"script": hashlib.sha256(script).hexdigest(), "seed": params["seed"], "data": data.fingerprint()}
 if rank == 0:
     export_inputs["weights"] = read_meta(os.path.join(run_dir, "checkpoints"), records[-1].step)["files"]
-export_inputs |= {"trained": [raw.step, raw.train_ms]} if rank == 0 else {}
 export = finished_stage("golf export", export_inputs, run_dir)
 if export is None:
     averaged = score_ladder(model, call, scoring, val_tokens, byte_tables, windows_at_once, device, ["blocks"])

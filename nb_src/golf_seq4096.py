@@ -397,7 +397,8 @@ from golf.packed_script import pack_script, running_program
 script = pack_script(frozen_parameters(running_program(), params)) if rank == 0 else b""
 artifact = os.path.join(run_dir, "final_model.int8.ptz")
 export_inputs = {"script": hashlib.sha256(script).hexdigest(), "data": data.fingerprint(), "seed": params["seed"]}
-export_inputs |= {"trained": [before.step, before.train_ms]} if rank == 0 else {}
+if rank == 0:
+    export_inputs["weights"] = read_meta(os.path.join(run_dir, "checkpoints"), before.step)["files"]
 export = finished_stage("golf export", export_inputs, run_dir)
 if export is None:
     _, sizes = export_int8(

@@ -463,8 +463,8 @@ def solve_clip_sigmas(
                 return sigmas, trials
         elif sigmas == highest:
             raise UserError(
-                f"even with a clip of {highest:g} σ the model has {size:,} bytes, {size - target_bytes:,} more than "
-                f"the {target_bytes:,} that there is room for. Take fewer bits or a smaller model."
+                f"even with a clip of {highest:g} σ the model has {size:,} bytes, and there is room for "
+                f"{max(target_bytes, 0):,}. Take fewer bits or a smaller model."
             )
         else:
             too_large = sigmas

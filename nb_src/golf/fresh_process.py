@@ -30,7 +30,9 @@ from nanochat.runtime import UserError, get_dist_info, is_ddp_requested, print0,
 # all: they have to be in the artifact or on the command line.
 
 # %%
-PASSED_ON = ("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "LD_LIBRARY_PATH", "CC", "CXX", "HF_HOME")
+PASSED_ON = (
+    "PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "LD_LIBRARY_PATH", "CC", "CXX", "HF_HOME", "NANOCHAT_DTYPE",
+)  # fmt: skip
 PASSED_ON_PREFIXES = ("CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "OMP_", "MKL_")
 PLACE_OF_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 
