@@ -562,8 +562,9 @@ if ema.started:  # a clock can end a run of a few steps before
     ema.copy_to_model()
 windows_at_once = training.scoring_windows_at_once(world_size, params["sw_seq_len"])
 script = pack_script(frozen_parameters(running_program(), params)) if rank == 0 else b""
-ways = ["blocks", "sliding", *(way for way in ("lora", "sgd") if way != params["ttt_mode"])]
-ways += [params["ttt_mode"]] if params["ttt_mode"] != "off" else []
+ways = ["blocks", "banded", "sliding"]  # the last one is the score
+if params["ttt_mode"] != "off":
+    ways += ["sgd", "lora"] if params["ttt_mode"] == "lora" else ["lora", "sgd"]
 scoring = {"length": params["sw_seq_len"], "stride": params["sw_stride"], "ttt": asdict(ttt), "ways": ways}
 scoring["depth"] = model.depth if is_recurrent else 0
 header = {"architecture": params["architecture"], "model": asdict(config), "scoring": scoring}
@@ -647,7 +648,7 @@ if scores is None:
     finish_stage("golf evaluation", evaluation_inputs, scores, folder=run_dir)
 model.load_state_dict(read_artifact(artifact)[0], strict=True)
 there = scores["new process"]
-names = {"blocks": "quantized", "sliding": "quantized_sliding_window"}
+names = {"blocks": "quantized", "banded": "quantized_banded", "sliding": "quantized_sliding_window"}
 for way in ways:
     log(
         f"{names.get(way, f'quantized_ttt_{way}')} val_loss:{there[way]['val_loss']:.8f} "

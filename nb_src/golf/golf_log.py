@@ -53,9 +53,6 @@ def golf_header_lines(params: dict, data, val_tokens: int, model, world_size: in
     """What is known before the first step. data: GolfData. val_tokens: targets of the validation stream."""
     kind = "byte" if data.tokenizer_path.endswith(".json") else "sentencepiece"
     tied = bool(params.get("tie_embeddings", 1))  # the second system knows no other
-    # of three names the published lines tell what takes effect, not what was set
-    told = {name: value for name, value in public_settings(params).items()
-            if name not in ("tie_embeddings", "embed_lr", "head_lr")}  # fmt: skip
     rate = params["tied_embed_lr"] if tied and "tied_embed_lr" in params else params["embed_lr"]
     backends = {
         "cudnn": torch.backends.cuda.cudnn_sdp_enabled(), "flash": torch.backends.cuda.flash_sdp_enabled(),
@@ -79,7 +76,7 @@ def golf_header_lines(params: dict, data, val_tokens: int, model, world_size: in
         f"iterations:{params['iterations']} warmup_steps:{params['warmup_steps']} "
         f"max_wallclock_seconds:{params['max_wallclock_seconds']:.3f}",
         f"seed:{params['seed']}",
-        "settings: " + " ".join(f"{name}:{value}" for name, value in told.items() if value != ""),
+        "settings: " + " ".join(f"{name}:{value}" for name, value in public_settings(params).items() if value != ""),
     ]
 
 

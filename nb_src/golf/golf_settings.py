@@ -205,8 +205,11 @@ OPEN_PARAMETERS = {
 
 
 def public_settings(params: dict) -> dict:
-    """What a log and a README tell: every setting but where files lie on this machine and who ran it."""
-    return {name: value for name, value in params.items() if name not in OPEN_PARAMETERS or name == "seed"}
+    """What a log and a README tell: every setting that takes effect, but not where files lie and who ran it."""
+    idle = set(OPEN_PARAMETERS) - {"seed"}
+    if "tied_embed_lr" in params:
+        idle |= {"embed_lr", "head_lr"} if params["tie_embeddings"] else {"tied_embed_lr"}
+    return {name: value for name, value in params.items() if name not in idle}
 
 
 def frozen_parameters(source: str, params: dict) -> str:

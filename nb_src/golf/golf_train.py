@@ -104,15 +104,16 @@ class GolfRecord:
 
 
 # %%
-def compile_golf(model: GolfModel, optimizer: GolfOptimizer, wanted: bool):
-    """The model to call: compiled, or the model itself with the reason printed."""
+def compile_golf(model: GolfModel, optimizer: GolfOptimizer | None, wanted: bool):
+    """The model to call: compiled, or the model itself with the reason printed. optimizer: None to score only."""
     if not wanted:
         return model
     works, reason = compiler_works(next(model.parameters()).device)
     if not works:
         print0(f"torch.compile is not available here ({reason}); training eagerly: slower, otherwise the same")
         return model
-    optimizer.compile()
+    if optimizer is not None:
+        optimizer.compile()
     return torch.compile(model, dynamic=False, fullgraph=True)
 
 
