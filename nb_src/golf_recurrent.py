@@ -333,7 +333,7 @@ val_tokens = load_validation_tokens(data.val_files, params["vocab_size"])
 from golf.bpb_audit import AUDIT_HEADER, audit_bpb, audit_rows
 
 # %%
-if "audit" in skipped or params["evaluate"] or params["data_path"]:
+if "audit" in skipped or params["evaluate"]:
     print0("audit: left out")
 elif rank == 0:
     findings = audit_bpb(data, byte_tables)
@@ -357,7 +357,7 @@ from golf.golf_schedule import TrainingClock
 # Each target once, with as much past as the time allows, and learning only from what has been scored.
 
 # %%
-from golf.golf_scoring import score_stream, scoring_windows
+from golf.golf_scoring import score_banded, score_stream, scoring_windows
 from golf.golf_ttt import TTTSettings, score_with_lora_ttt, score_with_sgd_ttt
 from golf.golf_ladder import LADDER_LABELS, score_ladder
 
@@ -482,7 +482,7 @@ show_table(
         ("step", f"{params['train_batch_tokens']:,} tokens in sequences of {params['train_seq_len']:,}: 8 slices, "
                  f"{accumulation} for each process"),
         ("until", f"{params['iterations']:,} steps" + (f", or {cap:,.0f} seconds, {params['gptq_reserve_seconds']:g} "
-                  "of them for the export" if cap else "")),
+                  "of them for the calibration" if cap else "")),
         ("validation", f"{len(val_tokens) - 1:,} targets, {byte_tables.stream_bytes(val_tokens.to(device)):,} bytes"),
         ("not from the preset", ", ".join(f"{name}={value}" for name, value in changed.items()) or "nothing"),
         ("files", run_dir),
@@ -657,12 +657,15 @@ for way in ways:
 log(f"script_sha256:{evaluation_inputs['script']}")
 
 # %% [markdown]
-# The ladder. Everything from "in blocks" on is what the new process said.
+# The ladder. Everything from "rounded by GPTQ" on is what the new process said. Training on what was scored has a
+# memory: weights and momentum live on from chunk to chunk. Without it every chunk would be scored by the exported
+# weights, and that is the row "sliding windows".
 
 # %%
 if rank == 0:
     ladder = [("trained weights, in blocks", raw.val_bpb, None)]
-    ladder += [("their average", export["averaged"]["val_bpb"], export["averaged"]["seconds"])]
+    averaged_label = "their average" if ema.started else "the same: no average was begun"
+    ladder += [(averaged_label, export["averaged"]["val_bpb"], export["averaged"]["seconds"])]
     ladder += [("rounded plainly", scores[NEAREST_ARTIFACT]["val_bpb"], scores[NEAREST_ARTIFACT]["seconds"])]
     ladder += [("rounded by GPTQ: the file", there["blocks"]["val_bpb"], there["blocks"]["seconds"])]
     ladder += [(LADDER_LABELS[way], there[way]["val_bpb"], there[way]["seconds"]) for way in ways[1:]]
@@ -718,6 +721,9 @@ else:
         "sliding windows": lambda stream, watch: score_stream(
             partial(model, reduction="none"), stream, byte_tables, 64, 32, 4, device, watch
         ),
+        "in a band": lambda stream, watch: score_banded(
+            partial(model, reduction="none"), stream, byte_tables, 64, 32, 4, device, watch
+        ),
         "training on what was scored": lambda stream, watch: score_with_sgd_ttt(
             model, stream, byte_tables, 64, 32, small, 4, device, watch
         ),
@@ -726,7 +732,7 @@ else:
         ),
     }
     for name, scorer in provers.items():
-        findings, watch = prove_legality(scorer, excerpt, byte_tables, number=4, borders=borders)
+        findings, watch = prove_legality(scorer, excerpt, byte_tables, number=12, borders=borders)
         show_table(legality_rows(findings), LEGALITY_HEADER, caption=name)
         if "training" in name:
             show_table(order_of_events(watch, limit=6), EVENT_HEADER)
@@ -797,7 +803,7 @@ show_table(
 
 # %%
 from golf.submission_linter import FINDING_HEADER, finding_rows, lint_submission
-from golf.submission import SubmissionCard, write_submission
+from golf.submission import SubmissionCard, runs_of_script, write_submission
 
 # %%
 if "submit" in skipped:
@@ -807,17 +813,19 @@ elif rank == 0:
         author=params["author"],
         github_id=params["github_id"],
         name=f"Recurrent GPT, {params['preset']} preset",
-        folder=params["run_id"],
+        folder=params["run_id"].removesuffix(f"_seed{params['seed']}"),
         blurb=f"{layers}, width {model_dim}, GPTQ int{params['gptq_bits']}, {LADDER_LABELS[ways[-1]]}.",
         date=time.strftime("%Y-%m-%d"),
         hardware=f"{world_size} × {device_name_of(device)}",
         story="Parallel residuals, depth recurrence, MuonEq-R, an average of the weights, GPTQ with a clip solved for "
         "the size, sliding windows; each target was scored once and before anything was learned from it. Scored by "
         "a process that had only the file and the script.",
-        command=f"torchrun --standalone --nproc_per_node={world_size} train_gpt.py --seed={params['seed']}",
+        command=f"torchrun --standalone --nproc_per_node={world_size} train_gpt.py --seed=SEED",
     )
     requirements = [*needed, "ipython", "pillow"]
-    folder = write_submission(get_base_dir(), card, [run_dir], public_settings(params), requirements)
+    settings = {name: value for name, value in public_settings(params).items() if name != "seed"}
+    runs = runs_of_script(run_dir, script)
+    folder = write_submission(get_base_dir(), card, runs, settings, requirements)
     show_table([(path.name, path.stat().st_size) for path in sorted(folder.iterdir())], header=("file", "bytes"))
     findings = lint_submission(folder, run_import=True)
     show_table(finding_rows(findings) or [("nothing to complain about", "", "")], FINDING_HEADER)

@@ -247,7 +247,7 @@ val_tokens = load_validation_tokens(data.val_files, params["vocab_size"])
 from golf.bpb_audit import AUDIT_HEADER, audit_bpb, audit_rows
 
 # %%
-if "audit" in skipped or params["evaluate"] or params["data_path"]:
+if "audit" in skipped or params["evaluate"]:
     print0("audit: left out")
 elif rank == 0:
     findings = audit_bpb(data, byte_tables)
@@ -497,7 +497,7 @@ else:
         losses_of = partial(eager, reduction="none")
         return score_stream(losses_of, stream, byte_tables, min(256, params["train_seq_len"]), None, 4, device, watch)
 
-    findings, watch = prove_legality(score_excerpt, excerpt, byte_tables, number=8)
+    findings, watch = prove_legality(score_excerpt, excerpt, byte_tables, number=12)
     show_table(legality_rows(findings), LEGALITY_HEADER)
     show_table(order_of_events(watch), EVENT_HEADER)
 
@@ -534,7 +534,7 @@ show_table(seed_plan_rows(0.0031627, 2.43593), SEED_PLAN_HEADER)
 
 # %%
 from golf.submission_linter import FINDING_HEADER, finding_rows, lint_submission
-from golf.submission import SubmissionCard, write_submission
+from golf.submission import SubmissionCard, runs_of_script, write_submission
 
 # %%
 if "submit" in skipped:
@@ -544,16 +544,18 @@ elif rank == 0:
         author=params["author"],
         github_id=params["github_id"],
         name=f"Seq4096, {params['preset']} preset",
-        folder=params["run_id"],
+        folder=params["run_id"].removesuffix(f"_seed{params['seed']}"),
         blurb=f"{config.num_layers} layers of width {config.model_dim}, sequences of {params['train_seq_len']}, int8.",
         date=time.strftime("%Y-%m-%d"),
         hardware=f"{world_size} × {device_name_of(device)}",
         story="Longer sequences, a slow and heavy Muon, a smaller batch and a long warmdown; no other change to the "
         "baseline. Scored in disjoint blocks, every target once, by a process that had only the file and the script.",
-        command=f"torchrun --standalone --nproc_per_node={world_size} train_gpt.py --seed={params['seed']}",
+        command=f"torchrun --standalone --nproc_per_node={world_size} train_gpt.py --seed=SEED",
     )
     requirements = [*needed, "ipython", "pillow"]
-    folder = write_submission(get_base_dir(), card, [run_dir], public_settings(params), requirements)
+    settings = {name: value for name, value in public_settings(params).items() if name != "seed"}
+    runs = runs_of_script(run_dir, script)
+    folder = write_submission(get_base_dir(), card, runs, settings, requirements)
     show_table([(path.name, path.stat().st_size) for path in sorted(folder.iterdir())], header=("file", "bytes"))
     findings = lint_submission(folder, run_import=True)
     show_table(finding_rows(findings) or [("nothing to complain about", "", "")], FINDING_HEADER)

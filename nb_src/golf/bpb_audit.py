@@ -14,6 +14,7 @@
 import hashlib
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -227,6 +228,7 @@ def audit_bpb(data: GolfData, tables: ByteTables | None = None, overlap_shards: 
     """The findings of all checks, in the order of importance for a score.
 
     tables: those to audit (None: the ones that `build_byte_tables` makes). overlap_shards: training shards to search.
+    What a manifest would say is left out when the folder has none (`open_golf_shards`).
     Raises UserError when a file is damaged or holds tokens outside the vocabulary.
     """
     findings = []
@@ -263,12 +265,13 @@ def audit_bpb(data: GolfData, tables: ByteTables | None = None, overlap_shards: 
     verdict = "ok" if back == n_documents else "look" if back > 0.9 * n_documents else "WRONG"
     add("documents that the tokenizer encodes to these tokens", f"{n_documents:,}", f"{back:,}", verdict)
 
-    manifest = read_golf_manifest(data.folder)
-    variant = data.name.removeprefix("fineweb10B_")
-    stats = manifest_dataset(manifest, variant)["stats"]
-    add("validation documents of the manifest", f"{stats['docs_val']:,}", f"{n_documents:,}",
-        "ok" if stats["docs_val"] == n_documents else "WRONG")  # fmt: skip
-    if data.documents_path.exists():
+    variant, stats = data.name.removeprefix("fineweb10B_"), data.stats
+    has_manifest = (Path(data.folder) / "manifest.json").exists()
+    if has_manifest:
+        stats = manifest_dataset(read_golf_manifest(data.folder), variant)["stats"]
+        add("validation documents of the manifest", f"{stats['docs_val']:,}", f"{n_documents:,}",
+            "ok" if stats["docs_val"] == n_documents else "WRONG")  # fmt: skip
+    if has_manifest and data.documents_path.exists():
         texts = zip(range(n_documents), golf_documents(data.documents_path), strict=False)
         raw = sum(len(text.encode("utf-8", "replace")) for _, text in texts)
         add("bytes of the documents before normalisation", f"{raw:,}", f"{total:,} ({total / raw - 1:+.3%})",
@@ -278,7 +281,7 @@ def audit_bpb(data: GolfData, tables: ByteTables | None = None, overlap_shards: 
     searched = data.train_files[:overlap_shards]
     overlap = training_overlap(tokens, searched)
     where = "" if len(searched) == stats["files_train"] else f", in {len(searched)} of {stats['files_train']} shards"
-    if not where:
+    if not where and has_manifest:
         add("training documents of the manifest", f"{stats['docs_train']:,}", f"{overlap.documents_train:,}",
             "ok" if stats["docs_train"] == overlap.documents_train else "WRONG")  # fmt: skip
     add("validation documents that occur twice", 0, overlap.documents_repeated,

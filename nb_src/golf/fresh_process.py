@@ -26,8 +26,9 @@ from nanochat.runtime import UserError, get_dist_info, is_ddp_requested, print0,
 
 # %% [markdown]
 # ### `clean_environment`
-# What a program needs to find Python's libraries and the GPU. Everything else stays here, the settings of the run above
-# all: they have to be in the artifact or on the command line.
+# What a program needs to find Python's libraries and the GPU, and the precision that was asked for on this machine.
+# Everything else stays here, the settings of the run above all: they have to be in the artifact, in the script or on
+# the command line.
 
 # %%
 PASSED_ON = (

@@ -41,8 +41,8 @@ def golf_lr_multiplier(
 
 
 def golf_progress(step: int, iterations: int, elapsed_ms: float = 0.0, cap_ms: float | None = None) -> float:
-    """How much of the run is over, 0 to 1: by the clock if there is a cap, by steps otherwise."""
-    return min(1.0, step / iterations if cap_ms is None else elapsed_ms / cap_ms)
+    """How much of the run is over, 0 to 1: by steps, or by the clock if there is a cap and it is further."""
+    return min(1.0, max(step / iterations, 0.0 if cap_ms is None else elapsed_ms / cap_ms))
 
 
 def progress_lr_multiplier(progress: float, warmdown_fraction: float, min_lr: float = 0.0) -> float:

@@ -179,7 +179,8 @@ def train_golf(
     finished = bool(meta and meta["finished"])
     history = log.keep_before(step, keep_evaluation=meta is not None) if rank == 0 else []
     if meta:
-        weights, state, _ = load_checkpoint(folder, step, device, load_optimizer=True, rank=rank)
+        # what is finished may be opened by more processes than trained it; all have rank 0's average
+        weights, state, _ = load_checkpoint(folder, step, device, load_optimizer=True, rank=0 if finished else rank)
         model.load_state_dict(weights)
         optimizer.load_state_dict(state["optimizer"])
         if ema is not None:
@@ -226,6 +227,8 @@ def train_golf(
             over, sums = clock.is_over(step), None
             if over or (training.val_loss_every > 0 and step % training.val_loss_every == 0):
                 clock.pause()
+                if over:
+                    clock.step_done(step)  # a GPU has now finished what it was given
                 sums = validate()
                 clock.resume()
             logged = over or step <= 10 or step % training.train_log_every == 0

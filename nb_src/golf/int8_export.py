@@ -270,9 +270,10 @@ def int8_roundtrip_lines(val_loss: float, val_bpb: float, seconds: float) -> lis
 
 # %%
 def int8_damage(state: dict[str, torch.Tensor], restored: dict[str, torch.Tensor]) -> dict[str, float]:
-    """name → ‖W − Ŵ‖ / ‖W‖ for every float tensor that is not all zero."""
-    return {
-        name: float((tensor.double() - restored[name].double()).norm() / tensor.double().norm())
-        for name, tensor in state.items()
-        if tensor.is_floating_point() and tensor.any()
-    }
+    """name → ‖W − Ŵ‖ / ‖W‖ for every float tensor that is not all zero. The two may lie on different devices."""
+    damage = {}
+    for name, tensor in state.items():
+        weight = tensor.detach().cpu().double()
+        if tensor.is_floating_point() and weight.any():
+            damage[name] = float((weight - restored[name].cpu().double()).norm() / weight.norm())
+    return damage

@@ -142,9 +142,10 @@ def border_targets(watch: LegalityWatch, stream, number: int, seed: int, borders
 # %% [markdown]
 # ### Check 1: causality
 # Everything after token t is replaced by tokens from elsewhere in the stream. What came before must stay the same, to
-# the last bit on a CPU. Every other time the new text has new documents, too: their number and lengths are also in the
-# future. A scorer that sorts documents by length then batches others together, and the order of additions in a matrix
-# product may change, as it may on a GPU; this much is tolerated.
+# the last bit on a CPU. Every other time the new text consists of a few tokens only and has new documents, too: which
+# tokens will occur, and the number and lengths of the documents, are also in the future. A scorer that sorts documents
+# by length then batches others together, and the order of additions in a matrix product may change, as it may on a GPU;
+# this much is tolerated.
 #
 # If no score moved at all, the scorer does not read what it is given, and the experiment has shown nothing.
 
@@ -171,7 +172,8 @@ def legality_finding(check: str, tested: str, problems: list[str], found: str) -
 def replaced_after(stream: torch.Tensor, t: int, seed: int, keep_documents: bool) -> torch.Tensor:
     """The stream with other tokens after token t; the next one is certainly another.
 
-    keep_documents: documents begin where they began, except that token t + 1 is replaced in any case.
+    keep_documents: documents begin where they began, except that token t + 1 is replaced in any case. Otherwise they
+    begin anywhere, and all text is of eight tokens: a scorer that knows which tokens occur would not notice a shuffle.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + t)
 
@@ -179,7 +181,10 @@ def replaced_after(stream: torch.Tensor, t: int, seed: int, keep_documents: bool
         return tokens[torch.randint(len(tokens), (n,), generator=generator)]
 
     begins = stream == BOS_ID
-    text = stream[~begins] if keep_documents and not begins.all() else stream
+    text = stream if begins.all() else stream[~begins]
+    if not keep_documents:
+        kinds = text.unique()
+        text = torch.cat([kinds[torch.randperm(len(kinds), generator=generator)[:8]], stream[begins][:1]])
     new = draw(text, len(stream))
     if keep_documents:
         new[begins] = BOS_ID

@@ -204,13 +204,15 @@ def running_program() -> str:
     """The source of the program that runs, up to the line `# end of train_gpt.py`, for `pack_script`.
 
     In a notebook, call it from the cell that holds this line. Definitions and parameters may be edited and run again at
-    any time; other statements that are edited after that cell ran take a restart of the kernel.
+    any time; other statements that are edited take a restart of the kernel, and before IPython 9 cells that failed too.
     """
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     path = getattr(sys.modules["__main__"], "__file__", None)
     if shell is not None:
-        text = notebook_program(shell.history_manager.input_hist_raw)
+        history = shell.history_manager
+        failed = getattr(history, "exceptions", {})  # by the cell's number; IPython 9 has it
+        text = notebook_program([cell for i, cell in enumerate(history.input_hist_raw) if i not in failed])
     elif path is not None:
         text = program_of_file(Path(path).resolve())
     else:

@@ -15,9 +15,12 @@ import torch
 
 from golf.artifact import (
     ARTIFACT_RESERVE_BYTES,
+    artifact_size_rows,
     counted_size,
+    encode_artifact,
     largest_that_fits,
     predicted_size,
+    require_artifact_fits,
     solve_clip_sigmas,
     write_artifact,
 )
@@ -25,7 +28,7 @@ from golf.golf_gpt import GolfModel, parameter_roles
 from golf.gptq import HessianSums, StorageRule, quantize_state, storage_rules
 from golf.looped_gpt import LoopedConfig, LoopedGPT
 from golf.recurrent_gpt import RecurrentConfig, RecurrentGPT
-from nanochat.runtime import UserError
+from nanochat.runtime import UserError, write_atomic
 
 # %% [markdown]
 # ### `golf_model_of`
@@ -162,12 +165,19 @@ def export_golf(folder, model: GolfModel, hessians: HessianSums, params: dict, h
         sigmas, trials = solve_clip_sigmas(
             state, rules, adjustable, room, header, compressor, lowest=SMALLEST_CLIP_SIGMAS
         )
-    rules = golf_storage_rules(shapes, params, sigmas)
-    tensors, table = quantize_state(state, rules, hessians, params["gptq_group_size"], params["gptq_damp"])
     limit = params["artifact_limit_bytes"]
-    encoded, size_rows = write_artifact(
-        Path(folder) / GOLF_ARTIFACT, tensors, header, compressor, code_bytes, limit
-    )  # fmt: skip
+    for _ in range(4):
+        rules = golf_storage_rules(shapes, params, sigmas)
+        tensors, table = quantize_state(state, rules, hessians, params["gptq_group_size"], params["gptq_damp"])
+        encoded = encode_artifact(tensors, header, compressor)
+        over = len(encoded.blob) + code_bytes - limit
+        if over <= 0 or not trials:
+            break
+        # GPTQ's codes are spread wider than plain ones; where those are coarse, by more than was left free
+        sigmas *= 2 ** (8 * 1.5 * over / sum(state[name].numel() for name in adjustable))
+    size_rows = artifact_size_rows(tensors, encoded)
+    require_artifact_fits(size_rows, code_bytes, len(encoded.blob), limit)
+    write_atomic(Path(folder) / GOLF_ARTIFACT, encoded.blob)
     nearest, _ = quantize_state(state, rules)
     write_artifact(Path(folder) / NEAREST_ARTIFACT, nearest, header, compressor, 0, 2 * limit)
     return dict(

@@ -189,9 +189,10 @@ def refuse_mixed_results(results, whose: str = "the results") -> float:
 
 
 def significance_table(results, previous, trained_seeds=None) -> tuple[list[TTest], str]:
-    """([tests in nats and in bits per byte], one sentence that decides by the official one).
+    """([tests in both units, the one that decides first], one sentence with the verdict).
 
-    results, previous: lists of SeedResult; a single previous result is taken as an exact number.
+    Nats decide, as the rule says, unless the record has other tokens. results, previous: lists of SeedResult; a single
+    previous result is taken as an exact number.
     trained_seeds: all seeds that were trained; UserError when `results` is a choice among them. Spec sections 0.1, 8.
     """
     bytes_per_token = refuse_mixed_results(results, "our results")
@@ -209,13 +210,15 @@ def significance_table(results, previous, trained_seeds=None) -> tuple[list[TTes
         tests.append(one_sample_test(ours, reference, unit, "against the record's mean less the margin"))
         if len(theirs) > 1:
             tests.append(welch_test(ours, theirs, margin, unit, "Welch against the record's seeds"))
+    one_unit = abs(previous_ratio / bytes_per_token - 1) <= 2e-5
+    tests.sort(key=lambda test: test.unit != ("nats" if one_unit else "bpb"))
     official = tests[0]
     verdict = "clears" if official.p < RECORD_P and official.t > 0 else "does not clear"
     sentence = f"{verdict} the rule of {RECORD_MARGIN_NATS} nats at p < {RECORD_P}: p = {official.p:.4f} in nats"
-    if abs(previous_ratio / bytes_per_token - 1) > 2e-5:
-        sentence += (
-            f"; the texts differ ({bytes_per_token:.5f} and {previous_ratio:.5f} bytes per token), so nats do not "
-            f"compare and only bits per byte do: p = {next(test for test in tests if test.unit == 'bpb').p:.4f}"
+    if not one_unit:
+        ratios = f"{bytes_per_token:.5f} and {previous_ratio:.5f} bytes each"
+        sentence = (
+            sentence.removesuffix("nats") + f"bits per byte; the tokens differ ({ratios}), so nats do not compare"
         )
     return tests, sentence
 

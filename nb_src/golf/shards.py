@@ -173,7 +173,9 @@ class DistributedTokenLoader:
         local = slice_tokens(batch_tokens, seq_len, self.world_size * grad_accum_steps)
         tokens = self.stream.read(self.position + self.rank * (local + 1), local + 1)
         self.position = (self.position + (local + 1) * self.world_size) % len(self.stream)
-        tokens = torch.from_numpy(tokens.astype(np.int64)).to(self.device)
+        tokens, on_gpu = torch.from_numpy(tokens.astype(np.int64)), torch.device(self.device).type == "cuda"
+        tokens = tokens.pin_memory() if on_gpu else tokens  # from other memory the copy would wait for the GPU
+        tokens = tokens.to(self.device, non_blocking=on_gpu)
         return tokens[:-1].view(-1, seq_len), tokens[1:].view(-1, seq_len)
 
 

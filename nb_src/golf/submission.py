@@ -30,6 +30,7 @@ from golf.seed_planner import (
 from golf.submission_linter import (
     RECORD_TRACK,
     SUBMISSION_SCRIPT,
+    TIME_LIMIT_SECONDS,
     TrainingLog,
     lint_submission,
     parse_training_log,
@@ -43,7 +44,6 @@ from nanochat.stages import plain_json
 
 # %%
 NON_RECORD_TRACK = "track_non_record_16mb"
-TIME_LIMIT_SECONDS = 600  # training, and evaluation again
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def submission_json(card: SubmissionCard, runs: list[MeasuredRun], pytorch: str,
     measured = {
         "train_under_600s": all(float(run.log.train_ms) <= TIME_LIMIT_SECONDS * 1000 for run in runs),
         "artifact_under_16mb": all(run.artifact_bytes <= ARTIFACT_LIMIT_BYTES for run in runs),
-        "eval_under_600s": all(run.log.evaluation_ms <= TIME_LIMIT_SECONDS * 1000 for run in runs),
+        "eval_under_600s": all(0 < run.log.evaluation_ms <= TIME_LIMIT_SECONDS * 1000 for run in runs),
         "three_seeds": len(runs) >= 3,
     }
     several = len(runs) > 1
@@ -258,6 +258,18 @@ def same_setting(a: str, b: str) -> bool:
     except ValueError:
         words = {"true": "1", "false": "0"}
         return words.get(a.lower(), a) == words.get(b.lower(), b)
+
+
+def runs_of_script(run_dir, script: bytes) -> list[Path]:
+    """run_dir, and the folders beside it whose models were trained and scored by the same script with other seeds."""
+    runs = {}
+    for folder in [Path(run_dir), *sorted(Path(run_dir).parent.iterdir())]:
+        log, own_script = folder / RUN_LOG, folder / SUBMISSION_SCRIPT
+        if log.is_file() and own_script.is_file() and own_script.read_bytes() == script:
+            said = parse_training_log(log.read_bytes(), folder.name)
+            if said.script_sha256 == hashlib.sha256(script).hexdigest():  # the last line of a run that is complete
+                runs.setdefault(said.seed, folder)
+    return list(runs.values())
 
 
 def write_submission(

@@ -46,6 +46,7 @@ from nanochat.runtime import UserError
 SUBMISSION_WARNING_BYTES = 15_950_000
 RECORD_TRACK = "track_10min_16mb"
 SUBMISSION_SCRIPT = "train_gpt.py"
+TIME_LIMIT_SECONDS = 600  # training, and evaluation again
 # targets: bytes of the published validation streams. Spec section 1.5.
 VALIDATION_BYTES = {62_021_632: 151_080_363, 63_779_840: 155_769_746, 45_508_608: 151_074_053, 40_540_160: 151_078_222}
 EARLY_VALIDATION_TARGETS, FROZEN_VALIDATION_TARGETS = 63_779_840, 62_021_632
@@ -73,6 +74,11 @@ def finding_rows(findings: list[Finding]) -> list[tuple[str, str, str]]:
 
 
 # %%
+def is_number(value) -> bool:
+    """Whether a value of the JSON can be compared: no text, no truth value, no NaN (which is a float there)."""
+    return type(value) in (int, Decimal)
+
+
 def half_unit(number: Decimal) -> float:
     """Half of the last printed digit; 0 for a whole number, which was counted and not rounded."""
     return 0.5 * 10.0**exponent if (exponent := number.as_tuple().exponent) < 0 else 0.0
@@ -355,6 +361,13 @@ def check_sizes(folder, code: ShippedCode, logs: list[TrainingLog], claims: dict
     stated = {log.name: log.sizes for log in logs} | {path.name: {"model": path.stat().st_size} for path in files}
     stated["submission.json"] = {"code": claims.get("bytes_code"), "total": claims.get("bytes_total")}
     stated["README.md"] = stated_sizes(readme)
+    if not models:
+        totals = [sizes["total"] for sizes in stated.values() if type(sizes.get("total")) is int]
+        over = max(totals, default=0) - ARTIFACT_LIMIT_BYTES
+        message = "no log says how many bytes the model has, so no total can be checked"
+        yield Finding("warning", "model-unknown", message)
+        if over > 0:
+            yield Finding("error", "size-limit", f"a total is claimed that is {over:,} bytes over the limit")
     for where, sizes in stated.items():
         model, own, total = map(sizes.get, ("model", "code", "total"))
         if isinstance(own, int) and own != code.code_bytes:
@@ -419,10 +432,25 @@ def check_log(log: TrainingLog, code: ShippedCode):
 
 
 # %%
-def check_logs(logs: list[TrainingLog], code: ShippedCode, record_track: bool, previous=()):
+def check_times(log: TrainingLog, record_track: bool, claims: dict):
+    """Findings about the two limits of a record. The step in which the time was up may end, as in the original."""
+    vouched = claims.get("compliance") if isinstance(claims.get("compliance"), dict) else {}
+    train_ms = float(log.train_ms or 0)
+    for what, ms, last_ms, key in (
+        ("trained", train_ms, train_ms / max(log.steps or 1, 1), "train_under_600s"),
+        ("scored", log.evaluation_ms, 0, "eval_under_600s"),
+    ):
+        if ms - last_ms > 1000 * TIME_LIMIT_SECONDS and (record_track or vouched.get(key) is True):
+            against = "the limit of a record" if record_track else f"what submission.json claims ({key})"
+            message = f"{log.name} {what} for {ms / 1000:,.0f} seconds, against {against}: {TIME_LIMIT_SECONDS}"
+            yield Finding("error", "time-limit", message)
+
+
+def check_logs(logs: list[TrainingLog], code: ShippedCode, record_track: bool, claims: dict, previous=()):
     """Findings about the logs, each and together. previous: SeedResult list of the record to beat."""
     for log in logs:
         yield from check_log(log, code)
+        yield from check_times(log, record_track, claims)
     scored = [log for log in logs if log.result]
     seeds = [log.seed for log in logs if log.seed is not None]
     if len(set(seeds)) < len(seeds) or len({log.result for log in scored}) < len(scored):
@@ -465,6 +493,14 @@ def check_json(claims: dict, logs: list[TrainingLog], code: ShippedCode):
     missing = [key for key in SUBMISSION_KEYS if claims.get(key) in (None, "")]
     if missing:
         yield Finding("error", "json-keys", f"submission.json lacks {', '.join(missing)}")
+    entries = [(key, claims.get(key), type(claims.get(key)) is int) for key in ("bytes_total", "bytes_code")]
+    keys = ("val_loss", "val_bpb", "val_loss_std", "val_bpb_std")
+    entries += [(key, claims.get(key), is_number(claims.get(key))) for key in keys]
+    for key, value, right in entries:
+        if value is not None and not right:
+            message = f"submission.json: {key} is {value if is_number(value) else repr(value)}, which is no "
+            message += "whole number" if "bytes" in key else "number"
+            yield Finding("error", "json-keys", message)
     scored = {str(log.seed): log for log in logs if log.result}
     owners = []
     for column, key in enumerate(("val_loss", "val_bpb") if scored else ()):
@@ -472,13 +508,13 @@ def check_json(claims: dict, logs: list[TrainingLog], code: ShippedCode):
         values = {f"seed {seed}": log.result[column] for seed, log in scored.items()}
         mean, sd = mean_and_sd(values.values())
         values["mean"] = mean
-        if isinstance(claimed, int | Decimal):
+        if is_number(claimed):
             owners.append({whose for whose, value in values.items() if printed_alike(value, claimed)})
             if not owners[-1]:
                 listed = ", ".join(f"{whose} {value:.8f}" for whose, value in values.items())
                 message = f"submission.json: {key} is {claimed}; by the logs {listed}"
                 yield Finding("error", key.replace("_", "-"), message)
-        if isinstance(deviation, int | Decimal) and not printed_alike(sd, deviation):
+        if is_number(deviation) and not printed_alike(sd, deviation):
             message = f"submission.json: {key}_std is {deviation}; the sample deviation (n - 1) is {sd:.8f}"
             yield Finding("error", "deviation", message)
     common = set.intersection(*owners) if owners else {"mean"}
@@ -488,7 +524,7 @@ def check_json(claims: dict, logs: list[TrainingLog], code: ShippedCode):
     rows, listed = claims.get("seed_results"), claims.get("seeds")
     rows = rows if isinstance(rows, dict) else {}
     named = {*map(str, listed if isinstance(listed, list) else ()), *rows}
-    if "seeds" in claims and named != scored.keys():
+    if ("seeds" in claims or rows) and named != scored.keys():
         message = f"submission.json has the seeds {', '.join(sorted(named))}, the logs {', '.join(sorted(scored))}"
         yield Finding("error", "seeds", message)
     for seed, log in scored.items():
@@ -497,7 +533,9 @@ def check_json(claims: dict, logs: list[TrainingLog], code: ShippedCode):
         row = rows.get(seed)
         for key, value in found.items() if isinstance(row, dict) else ():
             claimed = row.get(key)
-            if isinstance(claimed, int | Decimal) and value is not None and not printed_alike(value, claimed):
+            if claimed is None or value is None:
+                continue
+            if not (is_number(claimed) and printed_alike(value, claimed)):
                 message = f"submission.json, seed {seed}: {key} is {claimed}, the files give {value}"
                 yield Finding("error", "seed-results", message)
 
@@ -598,7 +636,7 @@ def lint_submission(folder, previous=(), run_import: bool = False, timeout: floa
         code = shipped_code(folder)
         findings += check_script(folder, code, requirements, run_import, timeout)
         findings += check_sizes(folder, code, logs, claims, readme)
-        findings += check_logs(logs, code, track == RECORD_TRACK, previous)
+        findings += check_logs(logs, code, track == RECORD_TRACK, claims, previous)
         findings += check_json(claims, logs, code) if claims else []
         findings += check_readme(readme, claims, logs) if readme else []
     return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))

@@ -1,5 +1,6 @@
 """The auditor: it must be content with data that are right, and name each way in which others were wrong."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from golf.bpb_audit import (
     training_overlap,
     window_hashes,
 )
-from golf.golf_data import export_golf_data, open_golf_data, write_golf_documents
+from golf.golf_data import export_golf_data, open_golf_data, open_golf_shards, write_golf_documents
 from golf.golf_tokenizers import (
     ByteTables,
     ByteTokenizer,
@@ -67,6 +68,20 @@ def rewrite_validation(folder, change, variant="sp512"):
     assert len(changed) == len(tokens)
     write_token_shard(path, changed)
     return tokens
+
+
+@pytest.mark.parametrize("variant", ["sp512", "byte260"])
+def test_shards_without_a_manifest_are_audited(good, tmp_path, variant):
+    """Foreign shards under DATA_PATH need an audit most, and have no manifest."""
+    data = open_golf_data(good, variant)
+    found = audit_bpb(open_golf_shards(data.dataset_path, data.tokenizer_path, data.vocab_size))
+    assert {finding.verdict for finding in found} == {"ok", "look"} and not any("manif" in f.check for f in found)
+    assert finding_about(found, "by the tables").verdict == "ok"
+    shutil.copytree(data.dataset_path, tmp_path / "shards")
+    shard = tmp_path / "shards" / "fineweb_val_000000.bin"
+    write_token_shard(shard, np.concatenate([[1], read_token_shard(shard), [2]]))  # ends with an end of document
+    found = audit_bpb(open_golf_shards(tmp_path / "shards", data.tokenizer_path, data.vocab_size))
+    assert finding_about(found, "end of document").verdict == "WRONG"
 
 
 @pytest.mark.parametrize("variant", ["sp512", "byte260"])

@@ -40,17 +40,22 @@ def files(tmp_path, monkeypatch):
 
 def test_the_process_sees_what_it_is_given_and_nothing_else(files, tmp_path, monkeypatch, capsys):
     """A score that needs a variable, a module path or a file that only the machine of its author has."""
-    for name in ("VOCAB_SIZE", "NANOCHAT_DTYPE", "PYTHONPATH", "TORCHELASTIC_USE_AGENT_STORE", "HF_TOKEN"):
+    for name in ("VOCAB_SIZE", "PYTHONPATH", "TORCHELASTIC_USE_AGENT_STORE", "HF_TOKEN"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "ours"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")  # or the new process would compute in another precision
     seen = run_in_fresh_process(LOOK, ["--evaluate=artifact.golf"], files, "result.json", 60)
     assert seen["files"] == ["./artifact.golf", "./train_gpt.py", "./val/a.bin", "./val/b.bin"]
     assert seen["text"] == "first" and seen["links"] == 0
     assert seen["arguments"] == ["--evaluate=artifact.golf"]
-    secret = {"VOCAB_SIZE", "NANOCHAT_DTYPE", "PYTHONPATH", "TORCHELASTIC_USE_AGENT_STORE", "HF_TOKEN", "RANK"}
+    secret = {"VOCAB_SIZE", "PYTHONPATH", "TORCHELASTIC_USE_AGENT_STORE", "HF_TOKEN", "RANK"}
     assert not secret & set(seen["env"])
-    assert seen["env"]["OMP_NUM_THREADS"] == "1" and seen["env"]["PATH"] == os.environ["PATH"]
+    assert (
+        seen["env"]["OMP_NUM_THREADS"] == "1"
+        and seen["env"]["NANOCHAT_DTYPE"] == "float32"
+        and seen["env"]["PATH"] == os.environ["PATH"]
+    )
     assert seen["env"]["NANOCHAT_BASE_DIR"].startswith(seen["cwd"])
     assert str(tmp_path) not in "".join(path for path in seen["path"] if not path.startswith(seen["cwd"]))
     assert "│ looking\n" in capsys.readouterr().out

@@ -100,13 +100,15 @@ def test_what_cannot_be_meant_is_refused_by_name(arguments, cell, environment, s
         ("--train_recurrences=4,8", "train_recurrences is '4,8'"),
         ("--train_recurrences=0|2", "train_recurrences is '0|2'"),
         ("--max_wallclock_seconds=12", "no time is left to train"),
+        ("--num_eval_recurrences=6", "scored with 6 rounds, and the training has [3]"),
+        ("--train_recurrences=4|8", "scored with 3 rounds, and the training has [4, 8]"),
     ],
 )
 def test_what_would_only_be_noticed_later_is_refused_at_once(argument, sentence):
     """A run of ten minutes that ends because nobody knows the codec, or that writes into another folder."""
     with pytest.raises(UserError, match=re.escape(sentence)):
         resolve(["--preset=cpu", argument], presets=RECURRENT_PRESETS)
-    for fine in ("--run_id=a_1.b-2", "--train_recurrences=4|8", "--max_wallclock_seconds=13"):
+    for fine in ("--run_id=a_1.b-2", "--train_recurrences=2|3", "--max_wallclock_seconds=13"):
         resolve(["--preset=cpu", fine], presets=RECURRENT_PRESETS)
 
 
@@ -233,3 +235,12 @@ def test_what_is_told_to_everyone():
     told = public_settings(GOLF_BASELINE | dict(base_dir="/home/me", seed=7, author="me"))
     assert told["seed"] == 7 and told["matrix_lr"] == 0.04
     assert not {"base_dir", "data_path", "tokenizer_path", "author"} & told.keys()
+
+
+def test_a_variant_says_how_many_tokens_it_has():
+    """Sixteen gigabytes of sp4096 that are fetched before anyone notices that the model has 1,024 tokens."""
+    assert resolve(["--variant=sp4096"])[0]["vocab_size"] == 4096
+    assert resolve(["--variant=byte260"])[0]["vocab_size"] == 260
+    with pytest.raises(UserError, match="variant 'sp1024' does not have vocab_size 2048 tokens"):
+        resolve(["--vocab_size=2048"])
+    assert resolve(["--vocab_size=2048", "--data_path=here", "--tokenizer_path=it"])[0]["vocab_size"] == 2048

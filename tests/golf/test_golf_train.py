@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_golf_run import LEARNING, StepTime, TinyRun, V, byte_tables, write_tiny_shards
+from tiny_golf_run import LEARNING, StepTime, TinyRun, V, byte_tables, checksum, write_tiny_shards
 
 from golf.golf_schedule import TrainingClock
 from golf.golf_train import compile_golf
@@ -165,6 +165,13 @@ def test_compiling_is_asked_for(data):
     assert compile_golf(run.model, None, wanted=False) is run.model
 
 
+def test_scoring_compiles_without_an_optimizer(data, monkeypatch):
+    """The new process, which has none, falls over it: only on a machine with a compiler."""
+    monkeypatch.setattr("golf.golf_train.compiler_works", lambda device: (True, ""))
+    run = TinyRun(data)
+    assert compile_golf(run.model, None, wanted=True)._orig_mod is run.model
+
+
 # --- stopping and going on --------------------------------------------------------------------------------------------
 
 KILLED = """
@@ -285,6 +292,19 @@ def test_no_step_follows_the_bell(data, tmp_path, monkeypatch):
     assert all(r.replayed for r in again.records(tmp_path / "run")) and time.steps == 0
 
 
+def test_last_record_has_the_time_of_the_gpu(data, tmp_path, monkeypatch):
+    """599,900 ms in the log of a run whose last steps the GPU finished a second after the bell."""
+    run, time = timed_run(monkeypatch, data, val_loss_every=0, save_every=0)
+    pause = TrainingClock.pause
+
+    def pause_for_the_gpu(clock):
+        time.seconds += 0.25
+        pause(clock)
+
+    monkeypatch.setattr(TrainingClock, "pause", pause_for_the_gpu)
+    assert [r.train_ms for r in run.records(tmp_path / "run")] == [*(1000.0 * step for step in range(6)), 6250.0]
+
+
 def test_clock_goes_on_where_it_stood(data, tmp_path, monkeypatch):
     """Eleven minutes for a run of ten that was interrupted."""
     run, _ = timed_run(monkeypatch, data)
@@ -388,6 +408,14 @@ def test_any_number_of_processes_trains_the_same(data, tmp_path, ranks):
         assert all(rank["plain"] == several[0]["plain"] for rank in several)
         for row, want in zip(several[0]["plain"][0], expected, strict=True):
             assert row == [None if value is None else pytest.approx(value, rel=2e-5) for value in want]
+
+
+def test_finished_run_opens_with_more_processes(data, tmp_path):
+    """Trained by one process, opened by two: the second misses an optimizer file, and the first waits for it."""
+    run = TinyRun(data, iterations=8, save_every=0, val_loss_every=4)
+    list(run.records(tmp_path / "2" / "plain"))
+    ends = [json.loads(out)["plain"][1:] for out in run_ranks(RANKS, HERE, data, tmp_path / "2", 0, world_size=2)]
+    assert ends == 2 * [[checksum(run.model.state_dict()), checksum(run.ema.shadow)]]
 
 
 def test_slow_process_stops_all_at_one_step(ranks):

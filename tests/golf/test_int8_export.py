@@ -202,6 +202,26 @@ def test_rows_of_zeros_and_of_tiny_weights_survive():
     assert int8_damage(state, restored).keys() == {"huge"} and torch.equal(restored["empty"], state["empty"])
 
 
+class ElsewhereTensor(torch.Tensor):
+    """Stands for a tensor on a GPU: meets no other kind, and leaves with `cpu`."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.cpu:
+            return args[0].as_subclass(torch.Tensor)
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        assert all(isinstance(tensor, cls) for tensor in tensors), "Expected all tensors to be on the same device"
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_damage_of_a_model_on_another_device():
+    """Ten minutes of training on a GPU end in an error about devices, because the file is read to the CPU."""
+    weight = torch.randn(300, 300)
+    restored = dequantize_state_dict_int8(quantize_state_dict_int8({"matrix": weight}, CONTROL)[0])
+    damage = int8_damage({"matrix": weight.as_subclass(ElsewhereTensor)}, restored)
+    assert damage == int8_damage({"matrix": weight}, restored) and 0 < damage["matrix"] < 0.02
+
+
 def test_log_lines_are_the_published_ones():
     """A log that the scripts which read published logs cannot read."""
     sizes = Int8Sizes(67_224_983, 15_820_684, 17_178_912, 17_224_025, 67_191_072 / 17_178_912, False)

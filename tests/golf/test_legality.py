@@ -191,6 +191,24 @@ def test_a_gate_that_reads_the_target_is_found(shows):
     assert wrong(scorer) == ({"1"} if shows else {"2"})
 
 
+def test_a_vocabulary_of_the_tokens_to_come_is_found():
+    """To spread the probability over the tokens that the text will use is a better score for nothing, and a shuffled
+    text uses the same ones."""
+    model, stream = golf_model(), documents_stream().repeat(6)
+
+    def scorer(text, watch):
+        unused = torch.ones(model.config.vocab_size, dtype=torch.bool).index_fill(0, text, False)
+
+        def losses_of(inputs, targets, last):
+            logits = model(inputs, last=last).masked_fill(unused, -1e9)
+            return logits if targets is None else F.cross_entropy(logits.mT, targets[:, -last:], reduction="none")
+
+        return score_stream(losses_of, text, TABLES, L, S, 5, watch=watch)
+
+    findings, _ = prove_legality(scorer, stream, TABLES, number=4)
+    assert [finding.check[0] for finding in findings if finding.verdict == "WRONG"] == ["1"]
+
+
 def test_scorers_that_prove_nothing_are_found():
     """One that remembers the last run knows the text; one that reads another stream passes every experiment."""
     model, stream = golf_model(), documents_stream()

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zlib
+from types import SimpleNamespace
 
 import pytest
 
@@ -302,6 +303,17 @@ def test_four_ways_to_run_give_one_packed_script(project, tmp_path, monkeypatch)
     assert "only for a person" not in program and "def running_program" in program and "{{" not in program
     assert printed[0] == printed[1] == "hello world\nonly for a person\n" and printed[3] == "hello world\n"
     assert "hello reader" in printed[2]
+
+
+def test_cells_that_failed_are_left_out(monkeypatch):
+    """A typing error in a cell of one's own, made hours ago, that stops the new process which is to score the model."""
+    cells = ["", "x = 1", "misspelt + 1", "def f(:", "def f():\n    return x", "f()\n# end of train_gpt.py\nmore"]
+    history = SimpleNamespace(input_hist_raw=cells, exceptions={2: {"ename": "NameError"}})
+    shell = SimpleNamespace(history_manager=history)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    assert canonical_source(running_program()) == "x = 1\n\ndef f():\n    return x\nf()"
+    del history.exceptions  # an older IPython
+    assert "misspelt" in running_program()
 
 
 def test_a_program_without_a_file_says_so(monkeypatch):

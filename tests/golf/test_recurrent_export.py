@@ -235,6 +235,20 @@ def test_clip_is_solved_for_the_room_that_is_left(exported):
     assert report["bytes"] + 20_000 <= params["artifact_limit_bytes"]
 
 
+def test_codes_of_gptq_that_need_more_room_get_a_larger_clip(tmp_path, monkeypatch):
+    """A trained model that cannot be exported: GPTQ's codes took a few thousandths more than the solver had left."""
+    monkeypatch.setattr("golf.recurrent_export.ARTIFACT_RESERVE_BYTES", 0)
+    shape = dict(model_dim=128, num_heads=4, num_kv_heads=2, mlp_mult=4)
+    model = realistic_model(**shape)
+    hessians = calibrate(model, batches(20))
+    params = SMALL | shape | dict(keep_float_numel=512, compressor="brotli", artifact_limit_bytes=110_000)
+    report = export_golf(tmp_path, model, hessians, params, {}, 100)
+    solved = max(trial["bytes"] for trial in report["trials"] if trial["bytes"] <= 109_900)
+    clip = [trial["sigmas"] for trial in report["trials"] if trial["bytes"] == solved]
+    assert report["sigmas"] > clip[0] and 0.98 * 110_000 < report["bytes"] + 100 <= 110_000
+    assert {row["sigmas"] for row in report["table"] if "blocks" in row["name"]} == {report["sigmas"]}
+
+
 def test_fixed_clip_is_kept_and_a_file_over_the_limit_refused(tmp_path):
     """A clip that was asked for and replaced, or a record that may not be handed in."""
     model = realistic_model()

@@ -104,8 +104,16 @@ def test_both_units_decide_the_same_on_one_text():
     assert round(by_name["nats", "against"].t, 2) == 1.89
     far_away = [SeedResult(0, 2.1, 2.1 / NATS[0] * BPB[0])]
     assert significance_table(results(NATS, BPB), far_away)[1].startswith("clears")
-    smaller = [SeedResult(0, 2.1 * 1.4, 2.1 / NATS[0] * BPB[0])]
-    assert "only bits per byte" in significance_table(results(NATS, BPB), smaller)[1]
+
+
+def test_bits_per_byte_decide_between_different_tokens():
+    """Smaller tokens have fewer nats each: every old model would beat a record of a larger vocabulary."""
+    better = [SeedResult(0, 2.1 * 1.4, 0.98 * BPB[0])]
+    tests, sentence = significance_table(results(NATS, BPB), better)
+    assert sentence.startswith("does not clear") and "in bits per byte; the tokens differ" in sentence
+    assert tests[0].unit == "bpb" and next(test for test in tests if test.unit == "nats").p < 0.01
+    worse = [SeedResult(0, 2.1 * 0.7, 2.1 / NATS[0] * BPB[0])]
+    assert significance_table(results(NATS, BPB), worse)[1].startswith("clears")
 
 
 def test_meaningless_samples_are_refused():

@@ -162,6 +162,16 @@ def test_ranks_together_read_what_one_process_reads(tmp_path):
     assert runs[1].dtype == torch.int64
 
 
+def test_batches_reach_a_gpu_without_waiting_for_it(tmp_path, monkeypatch):
+    """Every slice of a step waits until the GPU has done the one before."""
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: asked.append("pinned") or tensor)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *place, **how: asked.append((*place, how)) or tensor)
+    loader = DistributedTokenLoader(TokenStream(write_split(tmp_path, [100])), device=torch.device("cuda"))
+    loader.next_batch(16, 4, 2)
+    assert asked == ["pinned", (torch.device("cuda"), {"non_blocking": True})]
+
+
 def test_the_loader_goes_on_from_a_position(tmp_path):
     """Warm-up steps that use up training data, or a resumed run that sees the same tokens again."""
     loader = DistributedTokenLoader(TokenStream(write_split(tmp_path, [100])))

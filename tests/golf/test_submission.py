@@ -4,13 +4,14 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 
 import pytest
 from published_record import BASELINE, BEFORE, CHANGES, RUNS, log_of, script_of
 
 from golf.packed_script import pack_script
 from golf.seed_planner import SeedResult
-from golf.submission import NON_RECORD_TRACK, SubmissionCard, write_submission
+from golf.submission import NON_RECORD_TRACK, SubmissionCard, runs_of_script, write_submission
 from golf.submission_linter import RECORD_TRACK, lint_submission
 from nanochat.runtime import UserError
 
@@ -92,6 +93,13 @@ def test_the_json_has_the_keys_of_both_generations(tmp_path, runs):
     }  # fmt: skip
 
 
+def test_a_time_that_nobody_measured_is_no_compliance(tmp_path):
+    """A log without the time of its scoring would count as one that took no time at all."""
+    run = run_folder(tmp_path / "a", 1337, log_text(1337).replace(" eval_time:2106ms", ""))
+    content = json.loads((write_submission(tmp_path, CARD, [run], SETTINGS) / "submission.json").read_text())
+    assert not content["compliance"]["eval_under_600s"] and content["compliance"]["train_under_600s"]
+
+
 def test_the_readme_states_hashes_and_every_setting(tmp_path, runs):
     """What the published record left out: which script wrote each log, and what it was set to."""
     text = (write_submission(tmp_path, CARD, runs, SETTINGS, previous=PREVIOUS) / "README.md").read_text()
@@ -171,3 +179,15 @@ def test_only_the_first_rank_writes(tmp_path, runs, monkeypatch):
         monkeypatch.setenv(name, value)
     assert write_submission(tmp_path / "out", CARD, runs, SETTINGS).name == "2026-04-01_Longer-Context"
     assert not (tmp_path / "out").exists()
+
+
+def test_all_seeds_of_one_script_are_one_submission(tmp_path, runs):
+    """Three seeds that were trained one after the other and handed in as three submissions of one."""
+    script = (runs[0] / "train_gpt.py").read_bytes()
+    run_folder(tmp_path / "other", 1337, script=b"print(2)").rename(tmp_path / "runs" / "another_script")
+    (tmp_path / "runs" / "unfinished").mkdir()
+    (tmp_path / "runs" / "unfinished" / "train_gpt.py").write_bytes(script)
+    again = tmp_path / "runs" / "again"
+    shutil.copytree(runs[1], again)
+    found = runs_of_script(runs[1], script)
+    assert found[0] == runs[1] and sorted(found) == sorted(runs)  # a seed counts once, and the one that ran now

@@ -161,6 +161,51 @@ def test_later_keys_are_checked_seed_by_seed(record):
         assert errors_with(seed_results=rows | {seed: rows[seed] | change}) == {"seed-results"}
 
 
+@pytest.mark.parametrize(
+    ("claim", "rule"),
+    [
+        ({"val_bpb": "0.9"}, "json-keys"),
+        ({"val_loss": float("nan")}, "json-keys"),
+        ({"bytes_total": "12"}, "json-keys"),
+        ({"bytes_code": 1.5}, "json-keys"),
+        ({"seed_results": {"7": {"val_bpb": 0.9}}}, "seeds"),
+        ({"seed_results": {str(seed): {"val_bpb": "0.9"} for seed in (1337, 1338, 1339)}}, "seed-results"),
+    ],
+)
+def test_claims_that_cannot_be_compared_do_not_pass(record, claim, rule):
+    """A score in quotation marks, or of a seed without a log, is compared with nothing and would pass unread."""
+    path = clean(record) / "submission.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | claim))
+    assert of_rule(lint_submission(record), rule, "error")
+
+
+def test_a_total_without_a_model_is_not_believed(record):
+    """Logs that do not say how large the model is would let any total pass, also one above the limit."""
+    for path in clean(record).glob("*.log"):
+        lines = path.read_text().split("\n")
+        path.write_text("\n".join(line for line in lines if not line.startswith(("Serialized", "Total"))))
+    assert of_rule(lint_submission(record), "model-unknown", "warning")
+    edit(record, "submission.json", '"bytes_total": 15868443', '"bytes_total": 16000001')
+    assert "1 bytes over the limit" in of_rule(lint_submission(record), "size-limit", "error")[0]
+
+
+def test_the_limits_of_time_are_held(record):
+    """A record that trained for an hour; and the last step of one that was stopped by the clock is no offence."""
+    clean(record)
+    edit(record, "train_seed1338.log", "train_time:599903ms", "train_time:600038ms")
+    assert not of_rule(lint_submission(record), "time-limit")
+    edit(record, "train.log", "train_time:599921ms", "train_time:3600000ms")
+    edit(record, "train_seed1339.log", "eval_time:2106ms", "eval_time:700000ms")
+    assert [message.split(", against")[0] for message in of_rule(lint_submission(record), "time-limit", "error")] == [
+        "train.log trained for 3,600 seconds", "train_seed1339.log scored for 700 seconds"
+    ]  # fmt: skip
+    elsewhere = record.rename(record.parent.with_name("track_non_record_16mb"))
+    assert not of_rule(lint_submission(elsewhere), "time-limit")
+    path = elsewhere / "submission.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"compliance": {"train_under_600s": True}}))
+    assert ["train_under_600s" in message for message in of_rule(lint_submission(elsewhere), "time-limit")] == [True]
+
+
 def test_the_early_validation_text_is_named(record):
     """Scores on the early text look like any other; only its number of targets tells."""
     clean(record)
