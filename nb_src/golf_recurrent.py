@@ -25,8 +25,8 @@
 # Nobody has ever run this system at full size: the H100 column holds the challenge's limits, not measurements.
 
 # %% tags=["parameters"]
-# Which run: auto, h100 or cpu. The preset fills in every -1 and "" below.
-preset = "auto"  # @param ["auto", "h100", "cpu"]
+# Which run: auto, h100, looped (variant B2) or cpu. The preset fills in every -1 and "" below.
+preset = "auto"  # @param ["auto", "h100", "looped", "cpu"]
 # Where all files go; "" is $NANOCHAT_BASE_DIR or ~/.cache/nanochat.
 base_dir = ""  # @param {type:"string"}
 # cuda, mps or cpu; "" picks the best that is here.
@@ -47,6 +47,8 @@ tokenizer_path = ""  # @param {type:"string"}
 run_id = ""  # @param {type:"string"}
 # Draws the first weights.
 seed = -1  # @param {type:"integer"}
+# The most tokens in one forward pass; 0 is a whole slice, or less where the GPU is small.
+device_batch_tokens = -1  # @param {type:"integer"}
 # 1 compiles the model, 0 does not.
 torch_compile = -1  # @param {type:"integer"}
 
@@ -321,8 +323,10 @@ else:
     shards = params["train_shards"] if params["data_source"] == "hub" or "train_shards" in given else -1
     data = prepare_golf_data(params["data_source"], params["variant"], shards)
 tokenizer = load_golf_tokenizer(data.tokenizer_path, params["vocab_size"])
-byte_tables = build_byte_tables(tokenizer, params["vocab_size"], device)
+tables_device = torch.device("cpu") if device.type == "mps" else device  # the sums are fp64, which mps lacks
+byte_tables = build_byte_tables(tokenizer, params["vocab_size"], tables_device)
 val_tokens = load_validation_tokens(data.val_files, params["vocab_size"])
+val_bytes = byte_tables.stream_bytes(val_tokens.to(tables_device))
 
 # %% [markdown]
 # ### The audit
@@ -386,9 +390,10 @@ from golf.recurrent_export import (
 # to here. The file says what model it holds and how to score it; the process writes down what it found, and ends.
 
 # %%
-from golf.golf_train import GolfTraining, compile_golf, train_golf
+from golf.golf_train import GolfTraining, compile_golf, device_batch_for, train_golf
 
 # %%
+params["device_batch_tokens"] = params["device_batch_tokens"] or device_batch_for(device, 70e9)
 training = GolfTraining(**{name: params[name] for name in GolfTraining.__dataclass_fields__ if name in params})
 if params["evaluate"]:
     weights, header = read_artifact(params["evaluate"])
@@ -422,7 +427,7 @@ from golf.golf_plots import (
     plot_scores,
     plot_sizes,
 )
-from golf.golf_log import GolfLog, golf_header_lines, golf_memory_line, golf_record_lines
+from golf.golf_log import GolfLog, golf_header_lines, golf_record_lines
 
 # %%
 PLANNED_CLIP_SIGMAS, LARGEST_CLIP_SIGMAS, PLANNED_CODE_BYTES = 6.0, 64.0, 90_000
@@ -466,6 +471,7 @@ learning |= {"tied_embed_lr": params["embed_lr"], "adam_betas": (params["beta1"]
 learning |= {"equalise_rows": bool(params["equalise_rows"]), "control_patterns": control_patterns}
 ttt = TTTSettings(**{name: params[name] for name in TTTSettings.__dataclass_fields__})
 run_dir = os.path.join(get_base_dir(), "golf", params["run_id"])
+at_once = f", at most {training.device_batch_tokens:,} tokens at once" if training.device_batch_tokens else ""
 cap = params["max_wallclock_seconds"]
 layers = (
     f"{config.num_unique_layers} blocks, {config.num_recurrences} times"
@@ -480,10 +486,11 @@ show_table(
         ("model", f"{layers}, width {model_dim}, {config.num_heads} heads"),
         ("weights", f"{sum(p.numel() for p in model.parameters()):,}"),
         ("step", f"{params['train_batch_tokens']:,} tokens in sequences of {params['train_seq_len']:,}: 8 slices, "
-                 f"{accumulation} for each process"),
+                 f"{accumulation} for each process"
+                 f"{at_once}"),
         ("until", f"{params['iterations']:,} steps" + (f", or {cap:,.0f} seconds, {params['gptq_reserve_seconds']:g} "
                   "of them for the calibration" if cap else "")),
-        ("validation", f"{len(val_tokens) - 1:,} targets, {byte_tables.stream_bytes(val_tokens.to(device)):,} bytes"),
+        ("validation", f"{len(val_tokens) - 1:,} targets, {val_bytes:,} bytes"),
         ("not from the preset", ", ".join(f"{name}={value}" for name, value in changed.items()) or "nothing"),
         ("files", run_dir),
     ],
@@ -535,7 +542,7 @@ try:
 finally:  # also when it is stopped: the picture so far is worth keeping
     chart.finish()
 average = f"started at {params['swa_start_frac']:.0%} of the run, decay {ema.decay:.5f}" if ema.started else "none"
-log(golf_memory_line(), f"ema: {average}")
+log(f"ema: {average}")
 raw = records[-1] if rank == 0 else None
 
 # %% [markdown]
@@ -643,7 +650,7 @@ if scores is None:
          f"--device_type={device.type}"],
         {GOLF_ARTIFACT: artifact, tokenizer_file: data.tokenizer_path, "val": list(data.val_files)},
         "result.json",
-        timeout=7200,
+        timeout=7200 * 8 // world_size,
     )  # fmt: skip
     finish_stage("golf evaluation", evaluation_inputs, scores, folder=run_dir)
 model.load_state_dict(read_artifact(artifact)[0], strict=True)
@@ -794,7 +801,8 @@ from golf.seed_planner import (
 
 # %%
 show_table(
-    seed_plan_rows(0.0031627, byte_tables.stream_bytes(val_tokens.to(device)) / (len(val_tokens) - 1)), SEED_PLAN_HEADER
+    seed_plan_rows(0.0031627, val_bytes / (len(val_tokens) - 1)),
+    SEED_PLAN_HEADER,
 )
 
 # %% [markdown]

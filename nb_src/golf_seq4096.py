@@ -47,6 +47,8 @@ tokenizer_path = ""  # @param {type:"string"}
 run_id = ""  # @param {type:"string"}
 # Draws the first weights.
 seed = -1  # @param {type:"integer"}
+# The most tokens in one forward pass; 0 is a whole slice, or less where the GPU is small.
+device_batch_tokens = -1  # @param {type:"integer"}
 # 1 compiles the model, 0 does not.
 torch_compile = -1  # @param {type:"integer"}
 
@@ -235,8 +237,10 @@ else:
     shards = params["train_shards"] if params["data_source"] == "hub" or "train_shards" in given else -1
     data = prepare_golf_data(params["data_source"], params["variant"], shards)
 tokenizer = load_golf_tokenizer(data.tokenizer_path, params["vocab_size"])
-byte_tables = build_byte_tables(tokenizer, params["vocab_size"], device)
+tables_device = torch.device("cpu") if device.type == "mps" else device  # the sums are fp64, which mps lacks
+byte_tables = build_byte_tables(tokenizer, params["vocab_size"], tables_device)
 val_tokens = load_validation_tokens(data.val_files, params["vocab_size"])
+val_bytes = byte_tables.stream_bytes(val_tokens.to(tables_device))
 
 # %% [markdown]
 # ### The audit
@@ -281,8 +285,8 @@ control_patterns = tuple(params["control_tensor_name_patterns"].split(","))
 # to here, reads the file instead of training, writes down what it found, and ends.
 
 # %%
-from golf.golf_train import GolfTraining, compile_golf, train_golf
-from golf.golf_log import GolfLog, golf_header_lines, golf_memory_line, golf_record_lines
+from golf.golf_train import GolfTraining, compile_golf, device_batch_for, train_golf
+from golf.golf_log import GolfLog, golf_header_lines, golf_record_lines
 from golf.int8_export import (
     Int8Sizes,
     export_int8,
@@ -293,6 +297,7 @@ from golf.int8_export import (
 )
 
 # %%
+params["device_batch_tokens"] = params["device_batch_tokens"] or device_batch_for(device, 20e9)
 training = GolfTraining(**{name: params[name] for name in GolfTraining.__dataclass_fields__ if name in params})
 if params["evaluate"]:
     started = time.perf_counter()
@@ -329,6 +334,7 @@ learning = {
 }
 learning |= {"muon_backend_steps": params["muon_backend_steps"], "adam_betas": (params["beta1"], params["beta2"])}
 run_dir = os.path.join(get_base_dir(), "golf", params["run_id"])
+at_once = f", at most {training.device_batch_tokens:,} tokens at once" if training.device_batch_tokens else ""
 cap = params["max_wallclock_seconds"]
 show_table(
     [
@@ -337,9 +343,10 @@ show_table(
         ("precision", f"{str(compute_dtype).removeprefix('torch.')} products, fp32 weights: {dtype_reason}"),
         ("model", f"{config.num_layers} layers, width {config.model_dim}, {config.num_heads} heads"),
         ("step", f"{params['train_batch_tokens']:,} tokens in sequences of {params['train_seq_len']:,}: 8 slices, "
-                 f"{accumulation} for each process"),
+                 f"{accumulation} for each process"
+                 f"{at_once}"),
         ("until", f"{params['iterations']:,} steps" + (f", or {cap:,.0f} seconds" if cap else "")),
-        ("validation", f"{len(val_tokens) - 1:,} targets, {byte_tables.stream_bytes(val_tokens.to(device)):,} bytes"),
+        ("validation", f"{len(val_tokens) - 1:,} targets, {val_bytes:,} bytes"),
         ("not from the preset", ", ".join(f"{name}={value}" for name, value in changed.items()) or "nothing"),
         ("files", run_dir),
     ],
@@ -370,7 +377,6 @@ try:
         log(*golf_record_lines(record, params["iterations"]), echo=not record.replayed)
 finally:  # also when it is stopped: the picture so far is worth keeping
     chart.finish()
-log(golf_memory_line())
 before = records[-1] if rank == 0 else None
 
 # %% [markdown]
@@ -455,7 +461,7 @@ if scores is None:
          f"--device_type={device.type}"],
         {"final_model.int8.ptz": artifact, tokenizer_file: data.tokenizer_path, "val": list(data.val_files)},
         "result.json",
-        timeout=1800,
+        timeout=1800 * 8 // world_size,
     )  # fmt: skip
     scores = {"here": {"val_loss": here.val_loss, "val_bpb": here.val_bpb}, "there": there}
     finish_stage("golf evaluation", evaluation_inputs, scores, folder=run_dir)

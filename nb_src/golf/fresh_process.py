@@ -186,6 +186,8 @@ def run_in_fresh_process(script: bytes, arguments: list[str], files: dict, resul
             write_atomic(folder / "train_gpt.py", script)
             place_files(files, folder)
         wait_for_everyone()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # the new process needs the memory
         with open(output, "wb") as sink:
             process = subprocess.Popen(
                 [sys.executable, "-u", "train_gpt.py", *arguments],

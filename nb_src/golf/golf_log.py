@@ -92,12 +92,6 @@ def golf_record_lines(record: GolfRecord, iterations: int) -> list[str]:
         lines.append(f"{at} val_loss:{record.val_loss:.4f} val_bpb:{record.val_bpb:.4f} {time} {average}")
     if record.stopped_early:
         lines.append(f"stopping_early: wallclock_cap {time} {at}")
+    if record.peak_mib is not None:
+        lines.append(f"peak memory allocated: {record.peak_mib[0]} MiB reserved: {record.peak_mib[1]} MiB")
     return lines
-
-
-def golf_memory_line() -> str:
-    """Peak memory of this process's GPU."""
-    allocated, reserved = 0, 0
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    return f"peak memory allocated: {allocated >> 20} MiB reserved: {reserved >> 20} MiB"

@@ -26,7 +26,8 @@ from nanochat.runtime import UserError
 ARTIFACT_LIMIT_BYTES = 16_000_000  # decimal, the script included
 
 GOLF_BASELINE = dict(
-    preset="auto", base_dir="", device_type="", data_source="hub", variant="sp1024", train_shards=80, data_path="",
+    preset="auto", base_dir="", device_type="", device_batch_tokens=0,
+    data_source="hub", variant="sp1024", train_shards=80, data_path="",
     tokenizer_path="", run_id="", seed=1337, torch_compile=1, save_every=0, evaluate="", skip="",
     author="unnamed", github_id="unnamed",
     val_batch_size=524_288, val_loss_every=1000, train_log_every=200, iterations=20_000, warmdown_iters=1200,
@@ -92,6 +93,11 @@ for unused in ("tied_embed_lr", "head_lr", "tie_embeddings", "int8_keep_float_fp
     del RECURRENT_DEFAULTS[unused]
 RECURRENT_PRESETS = {
     "h100": RECURRENT_DEFAULTS,
+    "looped": RECURRENT_DEFAULTS | dict(  # variant B2, as far as the records tell their settings
+        architecture="looped", model_dim=512, num_heads=8, train_seq_len=2048, sw_seq_len=2048, ttt_eval_seq_len=2048,
+        train_batch_tokens=786_432, embed_lr=0.03, matrix_lr=0.02, scalar_lr=0.02, muon_weight_decay=0.085,
+        muon_momentum=0.99, muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=1500,
+    ),
     "cpu": RECURRENT_DEFAULTS | dict(
         data_source="offline", variant="sp1024", vocab_size=1024, torch_compile=0, model_dim=0, num_heads=4,
         num_kv_heads=2, num_unique_layers=2, num_recurrences=3, train_seq_len=256, train_batch_tokens=8192,
@@ -109,7 +115,8 @@ RECURRENT_PRESETS = {
 
 # %%
 MAY_BE_ZERO_IN_GOLF = {
-    "seed", "torch_compile", "save_every", "val_loss_every", "warmdown_iters", "warmup_steps", "max_wallclock_seconds",
+    "seed", "torch_compile", "save_every", "device_batch_tokens", "val_loss_every", "warmdown_iters", "warmup_steps",
+    "max_wallclock_seconds",
     "tie_embeddings", "bf16_rope", "muon_momentum", "muon_momentum_warmup_start", "muon_momentum_warmup_steps",
     "grad_clip_norm", "int8_original_floor", "beta1", "beta2", "model_dim", "num_eval_recurrences",
     "iteration_embeddings", "parallel_residuals", "loop_start", "num_loops", "enable_looping_at",
@@ -216,7 +223,8 @@ def golf_accumulation_steps(world_size: int) -> int:
 
 # %%
 OPEN_PARAMETERS = {
-    "base_dir", "device_type", "data_path", "tokenizer_path", "run_id", "seed", "evaluate", "skip", "author",
+    "base_dir", "device_type", "device_batch_tokens", "data_path", "tokenizer_path", "run_id", "seed", "evaluate",
+    "skip", "author",
     "github_id",
 }  # fmt: skip
 

@@ -64,6 +64,7 @@ class GolfTraining:
     muon_momentum_warmup_steps: int
     seed: int
     warmdown_fraction: float = 0.0  # of the run, instead of warmdown_iters
+    device_batch_tokens: int = 0  # at most so many in one forward; 0: a whole slice, as in the original
 
     def momentum(self, step: int) -> float:
         return golf_muon_momentum(
@@ -75,9 +76,15 @@ class GolfTraining:
             return progress_lr_multiplier(clock.progress(step), self.warmdown_fraction)
         return clock.lr_multiplier(step, self.warmdown_iters)
 
+    def rows_at_once(self, rows: int) -> int:
+        """How many of the sequences of a slice go through the model together: the most that divide it and fit."""
+        fitting = max(1, self.device_batch_tokens // self.train_seq_len) if self.device_batch_tokens else rows
+        return max(n for n in range(1, rows + 1) if rows % n == 0 and n <= fitting)
+
     def scoring_windows_at_once(self, world_size: int, length: int) -> int:
         """Windows of `length` tokens in one forward pass of a validation: the share of VAL_BATCH_SIZE, at least one."""
-        return max(1, self.val_batch_size // (8 // world_size * world_size) // length)
+        tokens = self.val_batch_size // (8 // world_size * world_size)
+        return max(1, min(tokens, self.device_batch_tokens or tokens) // length)
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,21 @@ class GolfRecord:
     eta_seconds: float | None = None
     progress: float = 0.0
     stopped_early: bool = False  # by the clock
+    peak_mib: list[int] | None = None  # GPU memory allocated and reserved, in the last record
     replayed: bool = False  # read from the log of an earlier run
+
+
+# %% [markdown]
+# ### `device_batch_for`
+# The original's slices are made for GPUs of 80 GB. A slice can go through a smaller one in parts: the gradient is the
+# same sum.
+
+
+# %%
+def device_batch_for(device: torch.device, whole_slice_bytes: float) -> int:
+    """Tokens in one forward: 0, a whole slice, on a CPU or where a GPU has whole_slice_bytes; 16,384 elsewhere."""
+    small = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < whole_slice_bytes
+    return 16_384 if small else 0
 
 
 # %% [markdown]
@@ -136,9 +157,11 @@ def golf_step(
     total = torch.zeros((), device=parameters[0].device)
     for _ in range(accumulation):
         inputs, targets = loader.next_batch(training.train_batch_tokens, training.train_seq_len, accumulation)
-        loss = call(inputs, targets, **options) / accumulation
-        loss.backward()
-        total += loss.detach()
+        rows = training.rows_at_once(len(inputs))
+        for x, y in zip(inputs.split(rows), targets.split(rows), strict=True):
+            loss = call(x, y, **options) * (rows / len(inputs) / accumulation)
+            loss.backward()
+            total += loss.detach()
     reduce_gradients(parameters, 1 / loader.world_size)
     if training.grad_clip_norm > 0:
         torch.nn.utils.clip_grad_norm_(parameters, training.grad_clip_norm)
@@ -171,7 +194,7 @@ def train_golf(
     _, rank, _, world_size = get_dist_info()
     device = next(model.parameters()).device
     settings = asdict(training)
-    for name in ("val_batch_size", "val_loss_every", "train_log_every", "save_every"):
+    for name in ("val_batch_size", "val_loss_every", "train_log_every", "save_every", "device_batch_tokens"):
         del settings[name]
     fingerprint = fingerprint_of({"training": settings, "inputs": inputs})
     log = TrainLog(folder, GolfRecord)
@@ -247,6 +270,7 @@ def train_golf(
                 eta_seconds=clock.seconds_left(step, pace) if pace else None,
                 progress=clock.progress(step),
                 stopped_early=clock.stop_step is not None,
+                peak_mib=peak_memory_mib() if over else None,
             )
             if not (meta and step == began):  # the log has it already
                 if rank == 0:
@@ -271,6 +295,13 @@ def train_golf(
             save_is_due |= training.save_every > 0 and step % training.save_every == 0
             if step == began + 1 or step % 5000 == 0:
                 collect_garbage()
+
+
+def peak_memory_mib() -> list[int]:
+    """The most memory of this process's GPU that was allocated and reserved, in MiB; zeros without one."""
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return [0, 0]
+    return [torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20]
 
 
 def shared_loss(loss: torch.Tensor) -> float:

@@ -34,6 +34,7 @@ from golf.submission_linter import (
     TrainingLog,
     lint_submission,
     parse_training_log,
+    training_time_to_judge,
 )
 from nanochat.runtime import UserError, get_dist_info, write_atomic
 from nanochat.stages import plain_json
@@ -153,7 +154,7 @@ def submission_json(card: SubmissionCard, runs: list[MeasuredRun], pytorch: str,
         for run in runs
     }
     measured = {
-        "train_under_600s": all(float(run.log.train_ms) <= TIME_LIMIT_SECONDS * 1000 for run in runs),
+        "train_under_600s": all(training_time_to_judge(run.log) <= TIME_LIMIT_SECONDS * 1000 for run in runs),
         "artifact_under_16mb": all(run.artifact_bytes <= ARTIFACT_LIMIT_BYTES for run in runs),
         "eval_under_600s": all(0 < run.log.evaluation_ms <= TIME_LIMIT_SECONDS * 1000 for run in runs),
         "three_seeds": len(runs) >= 3,

@@ -269,7 +269,7 @@ def test_solver_at_its_bounds():
     adjustable = [name for name, rule in rules.items() if rule.bits == 6]
     assert solve_clip_sigmas(state, rules, adjustable, 10**6, CONFIG, "zlib")[0] == 2.5
     for target in (20_000, 100):
-        with pytest.raises(UserError, match=f"over|more than the {target:,}"):
+        with pytest.raises(UserError, match=f"over|room for {target:,}"):
             solve_clip_sigmas(state, rules, adjustable, target, CONFIG, "zlib")
     with pytest.raises(UserError, match="no matrix"):
         solve_clip_sigmas(state, rules, [], 10**6, CONFIG)

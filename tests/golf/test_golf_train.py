@@ -4,13 +4,13 @@ import json
 import os
 import signal
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_golf_run import LEARNING, StepTime, TinyRun, V, byte_tables, checksum, write_tiny_shards
+from tiny_golf_run import LEARNING, TRAINING, StepTime, TinyRun, V, byte_tables, checksum, write_tiny_shards
 
 from golf.golf_schedule import TrainingClock
 from golf.golf_train import compile_golf
@@ -457,3 +457,22 @@ def test_a_failing_process_ends_the_run(data, tmp_path):
     )  # fmt: skip
     assert done.returncode != 0 and "planted on rank 1" in done.stdout
     assert "rank      : 1" in done.stdout
+
+
+def test_a_slice_in_parts_trains_the_same(data, tmp_path):
+    """A gradient that is weighted wrongly where a GPU is too small for a whole slice."""
+    run = TinyRun(data, device_batch_tokens=40, iterations=6)  # one row of 32 tokens at a time, of two
+    seen = []
+    run.call = lambda inputs, targets, **how: (seen.append(tuple(inputs.shape)), run.model(inputs, targets, **how))[1]
+    records = list(run.records(tmp_path / "checkpoints"))
+    wholes = TinyRun(data, iterations=6)
+    expected = list(wholes.records(tmp_path / "wholes"))
+    assert (1, 32) in seen and (2, 32) not in seen
+    assert [r.loss for r in records[1:]] == pytest.approx([r.loss for r in expected[1:]], rel=1e-5)
+    assert records[-1].val_loss == pytest.approx(expected[-1].val_loss, rel=1e-5)
+
+
+def test_parts_divide_a_slice():
+    """A part with fewer rows than the others, for which a compiled model would be compiled again."""
+    for rows, tokens, expected in ((12, 0, 12), (12, 5 * 32, 4), (12, 1, 1), (7, 6 * 32, 1), (8, 8 * 32, 8)):
+        assert replace(TRAINING, device_batch_tokens=tokens).rows_at_once(rows) == expected
