@@ -13,11 +13,11 @@
 #
 # | stage | what comes out | 8 × H100 | CPU, 2 cores |
 # | --- | --- | --- | --- |
-# | ▶ Data | token shards, a tokenizer, an audit of the bytes | 16 GB to fetch | 15 s |
+# | ▶ Data | token shards, a tokenizer, an audit of the bytes | 16 GB to fetch | 5 s |
 # | ▶ Model, Plan | 17,059,912 weights (on a CPU a small sister) | seconds | seconds |
-# | ▶ Train | weights, and a log in the challenge's format | 10 min | 2 min |
+# | ▶ Train | weights, and a log in the challenge's format | 10 min | 2.5 min |
 # | ▶ Export | one file: int8 and zlib | seconds | seconds |
-# | ▶ Evaluate | the score, from a process that has only the file and the script | seconds | 15 s |
+# | ▶ Evaluate | the score, from a process that has only the file and the script | seconds | 6 s |
 # | ▶ Prove | causal, normalised, each token scored once | seconds | seconds |
 # | ▶ Submit | a folder that can be handed in, and what a reviewer would say | seconds | seconds |
 #
