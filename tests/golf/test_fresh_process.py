@@ -120,8 +120,9 @@ def alive(process_id: int) -> bool:
 def test_an_interrupt_ends_the_process(tmp_path):
     """The stop button, after which an evaluation nobody sees keeps the GPU."""
     program = f"""
-import tempfile
+import signal, tempfile
 from golf.fresh_process import run_in_fresh_process
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 tempfile.tempdir = {str(tmp_path)!r}
 run_in_fresh_process(b"import os, time\\nprint(os.getpid())\\ntime.sleep(60)", [], {{}}, "result.json", 60)
 """
