@@ -407,6 +407,8 @@ if params["evaluate"]:
     rows = score_ladder(
         model, call, header["scoring"], val_tokens, byte_tables, windows_at_once, device, header["scoring"]["ways"]
     )
+    for way, row in rows.items():
+        print0(f"{LADDER_LABELS[way]}: {row['val_bpb']:.8f} bits per byte, {row['seconds']:.1f} s")
     if rank == 0:
         write_atomic("result.json", json.dumps(rows))
     compute_cleanup()
@@ -538,6 +540,8 @@ try:
         ema, variants, forward_options,
     ):  # fmt: skip
         records.append(record)
+        if cap and record.progress:  # the clock will end it, at about this step
+            chart.total_steps = round(record.step / record.progress)
         chart.add(record)
         log(*golf_record_lines(record, params["iterations"]), echo=not record.replayed)
 finally:  # also when it is stopped: the picture so far is worth keeping

@@ -307,6 +307,7 @@ if params["evaluate"]:
     losses_of = partial(call, reduction="none")
     length = params["train_seq_len"]
     sums = score_stream(losses_of, val_tokens, byte_tables, length, None, windows_at_once, device)
+    print0(f"{sums.val_bpb:.8f} bits per byte, {sums.val_loss:.8f} nats per token")
     if rank == 0:
         score = {"val_loss": sums.val_loss, "val_bpb": sums.val_bpb, "seconds": time.perf_counter() - started}
         write_atomic("result.json", json.dumps(score | {"targets": len(val_tokens) - 1}))
@@ -373,6 +374,8 @@ try:
         os.path.join(run_dir, "checkpoints"), training, model, optimizer, call, loader, val_tokens, byte_tables, inputs
     ):
         records.append(record)
+        if cap and record.progress:  # the clock will end it, at about this step
+            chart.total_steps = round(record.step / record.progress)
         chart.add(record)
         log(*golf_record_lines(record, params["iterations"]), echo=not record.replayed)
 finally:  # also when it is stopped: the picture so far is worth keeping
