@@ -350,8 +350,6 @@ def test_shapes_and_shift(tmp_path):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_batches_may_be_held(tmp_path, device):
     """Views of one reused buffer change under the hands of whoever keeps a batch (spec section 21.7)."""
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
     corpus = write_corpus(tmp_path, random_files(2, 2, 2, 6, longest=9))
     batches = tokenizing_distributed_data_loader_with_state_bos_bestfit(
         CharacterTokenizer(), 2, 6, "train", device=device, corpus=corpus, buffer_size=10
