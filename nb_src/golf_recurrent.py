@@ -8,8 +8,10 @@
 # file just fits, and scored with a window that gives every token a long past. And because each token is scored before
 # the next is seen, the model may learn from what it has already been scored on.
 #
-# A published text promised all this, and its code did little of it. Here every ingredient does what it says, and a
-# table shows what each is worth.
+# The design is that of a draft for the challenge that never got a score: its text promised all this, and its code did
+# little of it. Here every ingredient does what it says, and a table shows what each is worth. In what follows *the
+# records* are the entries on the leaderboard of [openai/parameter-golf](https://github.com/openai/parameter-golf), and
+# *the original* is the script that this repository starts everybody with.
 #
 # | stage | what comes out | 8 × H100 | CPU, 2 cores |
 # | --- | --- | --- | --- |
@@ -17,7 +19,7 @@
 # | ▶ Model, Scoring, The file | the parts | seconds | seconds |
 # | ▶ Plan | a width that will fit into the file | seconds | seconds |
 # | ▶ Train | weights and their average | 10 min | 75 s |
-# | ▶ Export | GPTQ, a clip that fills the file, the best codec | minutes | 7 s |
+# | ▶ Export | rounding that corrects itself (GPTQ), a clip that fills the file, the best codec | minutes | 7 s |
 # | ▶ Evaluate | blocks, sliding windows, test-time training, in a new process | 10 min at most | 30 s |
 # | ▶ Prove | score before update, nothing seen too early, each token once | seconds | 10 s |
 # | ▶ Ablate | what each ingredient is worth | | 1 min |
@@ -26,7 +28,7 @@
 # Nobody has ever run this system at full size: the H100 column holds the challenge's limits, not measurements.
 
 # %% tags=["parameters"]
-# Which run: auto, h100, looped (variant B2) or cpu. The preset fills in every -1 and "" below.
+# Which run: auto, h100, looped (a few layers in the middle repeat) or cpu. The preset fills in every -1 and "" below.
 preset = "auto"  # @param ["auto", "h100", "looped", "cpu"]
 # Where all files go; "" is $NANOCHAT_BASE_DIR or ~/.cache/nanochat.
 base_dir = ""  # @param {type:"string"}
@@ -46,7 +48,7 @@ tokenizer_path = ""  # @param {type:"string"}
 
 # The name of this run; "" is the preset's and the seed's.
 run_id = ""  # @param {type:"string"}
-# Draws the first weights.
+# Random seed of the training, first of all of the initial weights.
 seed = -1  # @param {type:"integer"}
 # The most tokens in one forward pass; 0 is a whole slice, or less where the GPU is small.
 device_batch_tokens = -1  # @param {type:"integer"}
@@ -57,11 +59,11 @@ torch_compile = -1  # @param {type:"integer"}
 iterations = -1  # @param {type:"integer"}
 # The most seconds, validations not counted; 0 is no limit. -1 is 600 on eight GPUs and accordingly more on fewer.
 max_wallclock_seconds = -1.0  # @param {type:"number"}
-# Steps that compile and are undone.
+# Steps before the clock starts: they compile the model, and their effect is undone.
 warmup_steps = -1  # @param {type:"integer"}
 # The part of the run at the end in which the learning rates fall to zero; 0 counts warmdown_iters steps instead.
 warmdown_fraction = -1.0  # @param {type:"number"}
-# That number of steps.
+# The number of steps in which they do when warmdown_fraction is 0.
 warmdown_iters = -1  # @param {type:"integer"}
 # Tokens in one step, over all processes.
 train_batch_tokens = -1  # @param {type:"integer"}
@@ -76,7 +78,7 @@ train_log_every = -1  # @param {type:"integer"}
 # Steps between checkpoints; 0 leaves it at one every ten minutes and one at the end.
 save_every = -1  # @param {type:"integer"}
 
-# recurrent runs all blocks in loops; looped is variant B2, eleven layers of which a few in the middle run again.
+# recurrent runs a few blocks again and again; looped has more layers, of which a few in the middle run again.
 architecture = ""  # @param ["", "recurrent", "looped"]
 # Tokens in the vocabulary.
 vocab_size = -1  # @param {type:"integer"}
@@ -114,18 +116,18 @@ enable_looping_at = -1.0  # @param {type:"number"}
 parallel_residual_start = -1  # @param {type:"integer"}
 # looped: channels of a head that are rotated by the position.
 rope_dims = -1  # @param {type:"integer"}
-# The slowest rotation of the positions.
+# Base of the rotary positions: the larger, the slower the slowest rotation.
 rope_base = -1.0  # @param {type:"number"}
 # Logits lie within plus and minus this.
 logit_softcap = -1.0  # @param {type:"number"}
-# What queries are multiplied with at first.
+# The factor of the queries at the start; each head then learns its own.
 qk_gain_init = -1.0  # @param {type:"number"}
-# Spread of the first embedding.
+# Standard deviation of the initial embedding.
 tied_embed_init_std = -1.0  # @param {type:"number"}
 
 # Learning rate of the embedding, which is the head too.
 embed_lr = -1.0  # @param {type:"number"}
-# Learning rate of the matrices (MuonEq-R).
+# Learning rate of the matrices, which Muon trains: it orthogonalises each step of a matrix.
 matrix_lr = -1.0  # @param {type:"number"}
 # Learning rate of gains, scales and mixes.
 scalar_lr = -1.0  # @param {type:"number"}
@@ -135,59 +137,59 @@ embed_wd = -1.0  # @param {type:"number"}
 adam_wd = -1.0  # @param {type:"number"}
 # Weight decay of the matrices.
 muon_weight_decay = -1.0  # @param {type:"number"}
-# 1 gives every row of a step the same length before it is orthogonalised.
+# 1 gives every row of such a step the same length first (MuonEq-R).
 equalise_rows = -1  # @param {type:"integer"}
 # How much of its past Adam keeps in its mean gradient.
 beta1 = -1.0  # @param {type:"number"}
-# The same for its mean squared gradient.
+# How much of its past Adam keeps in its mean squared gradient.
 beta2 = -1.0  # @param {type:"number"}
-# What Adam adds below the fraction line.
+# What Adam adds to its denominator, so that it never divides by zero.
 adam_eps = -1.0  # @param {type:"number"}
-# How much of its past Muon keeps.
+# How much of its past Muon keeps in its momentum.
 muon_momentum = -1.0  # @param {type:"number"}
-# Where that starts.
+# Muon's momentum at the first step.
 muon_momentum_warmup_start = -1.0  # @param {type:"number"}
-# Steps until it is there.
+# Steps until it has risen to muon_momentum.
 muon_momentum_warmup_steps = -1  # @param {type:"integer"}
-# Newton-Schulz steps.
+# Newton-Schulz iterations with which Muon orthogonalises a step.
 muon_backend_steps = -1  # @param {type:"integer"}
-# Longest gradient; 0 does not clip.
+# Norm to which a longer gradient is clipped; 0 does not clip.
 grad_clip_norm = -1.0  # @param {type:"number"}
 # The part of the run after which the weights are averaged.
 swa_start_frac = -1.0  # @param {type:"number"}
-# How much of its past the average keeps; less where few steps are left.
+# How much of its past that moving average (EMA) keeps; less where few steps are left.
 ema_decay = -1.0  # @param {type:"number"}
 
 # The file and the script together have at most so many bytes.
 artifact_limit_bytes = -1  # @param {type:"integer"}
-# Bits of a matrix's codes.
+# Bits of the integers to which GPTQ rounds a matrix: codes, with a scale for each row.
 gptq_bits = -1  # @param {type:"integer"}
-# Columns that GPTQ rounds before it corrects the rest.
+# Columns of a matrix that are rounded before the rest is corrected for their errors.
 gptq_group_size = -1  # @param {type:"integer"}
-# Batches of training tokens that it learns the inputs from.
+# Batches of training tokens that show GPTQ what inputs a matrix gets.
 gptq_calibration_batches = -1  # @param {type:"integer"}
-# What it adds to the diagonal of their products, in means of that diagonal.
+# What GPTQ adds to the diagonal of the inputs' correlations, in means of that diagonal.
 gptq_damp = -1.0  # @param {type:"number"}
-# Seconds of the training time that are kept for it.
+# Seconds of the training time that are kept for those batches.
 gptq_reserve_seconds = -1.0  # @param {type:"number"}
-# The clip of the matrices in standard deviations; 0 is the smallest that fits.
+# Weights beyond this many standard deviations of their row are clipped; 0 finds the least whose file fits.
 matrix_clip_sigmas = -1.0  # @param {type:"number"}
 # Bits of the embedding's codes.
 embed_bits = -1  # @param {type:"integer"}
-# The clip of the embedding.
+# The same for the embedding.
 embed_clip_sigmas = -1.0  # @param {type:"number"}
 # Tensors of at most so many weights stay in fp16.
 keep_float_numel = -1  # @param {type:"integer"}
 # auto, brotli, lzma or zlib.
 compressor = ""  # @param {type:"string"}
-# Tensors whose names contain one of these steer the others: no Muon and no codes for them.
+# Tensors with one of these in their names are control tensors, which steer the others: no Muon and no codes for them.
 control_tensor_name_patterns = ""  # @param {type:"string"}
 
 # Tokens that the model sees at once in scoring.
 sw_seq_len = -1  # @param {type:"integer"}
-# How far its window slides.
+# How far its window slides, and so how many tokens it scores at a time.
 sw_stride = -1  # @param {type:"integer"}
-# Learning while being tested: off, sgd (the stream as a whole) or lora (each document). The other one is shown too.
+# Learning while being tested: off, sgd (the text as one stream) or lora (each document); the other is shown too.
 ttt_mode = ""  # @param ["", "off", "sgd", "lora"]
 # sgd: tokens that are scored before they are learned from.
 ttt_chunk_tokens = -1  # @param {type:"integer"}
@@ -195,9 +197,9 @@ ttt_chunk_tokens = -1  # @param {type:"integer"}
 ttt_epochs = -1  # @param {type:"integer"}
 # sgd: learning rate of the first chunk.
 ttt_lr = -1.0  # @param {type:"number"}
-# sgd: how much of its past a step keeps.
+# sgd: how much of its past its momentum keeps.
 ttt_momentum = -1.0  # @param {type:"number"}
-# sgd: longest gradient.
+# sgd: norm to which a longer gradient is clipped.
 ttt_grad_clip = -1.0  # @param {type:"number"}
 # sgd: sequences in one step, over all processes.
 ttt_batch_seqs = -1  # @param {type:"integer"}
@@ -205,7 +207,7 @@ ttt_batch_seqs = -1  # @param {type:"integer"}
 ttt_params = ""  # @param {type:"string"}
 # sgd: in which blocks, such as 0,2, or all.
 ttt_layers = ""  # @param {type:"string"}
-# lora: rank of the matrices.
+# lora: rank of the adapters, the small matrices that learn.
 ttt_lora_rank = -1  # @param {type:"integer"}
 # lora: learning rate.
 ttt_lora_lr = -1.0  # @param {type:"number"}
@@ -222,9 +224,9 @@ ablation_steps = -1  # @param {type:"integer"}
 skip = ""  # @param {type:"string"}
 # Who hands this in.
 author = ""  # @param {type:"string"}
-# Under which name on GitHub.
+# Their name on GitHub.
 github_id = ""  # @param {type:"string"}
-# An exported file: score it and end. This is what the new process is told.
+# An exported file to score instead of training; set by the run itself for the process that scores its file.
 evaluate = ""  # @param {type:"string"}
 
 # %% [markdown]
@@ -254,7 +256,6 @@ if importlib.util.find_spec("torch") is None:
 
 # %%
 from nanochat.runtime import (
-    UserError,
     autodetect_device_type,
     choose_compute_dtype,
     compute_cleanup,
@@ -304,7 +305,7 @@ if not params["run_id"]:
 # for validation and nobody trains on them.
 
 # %%
-from nanochat.stages import finish_stage, finished_stage, fingerprint_of, source_fingerprint, what_changed
+from nanochat.stages import finish_stage, finished_stage
 from nanochat.plots import LiveChart, show_figure, show_table
 from nanochat.checkpoint_files import read_meta
 from nanochat.training_loop import TrainLog
@@ -314,13 +315,15 @@ from golf.golf_tokenizers import build_byte_tables, load_golf_tokenizer
 from golf.golf_data import open_golf_shards, prepare_golf_data, sha256_of_golf_file
 
 # %%
-slice_tokens(params["train_batch_tokens"], params["train_seq_len"], 8)  # raises what would only show later
+# refuses sizes that do not divide before any data is fetched
+slice_tokens(params["train_batch_tokens"], params["train_seq_len"], 8)
 if params["data_path"]:
     data = open_golf_shards(
         params["data_path"], params["tokenizer_path"], params["vocab_size"], params["train_shards"],
         training=not params["evaluate"],
     )  # fmt: skip
 else:
+    # the preset counts the shards of the hub; from another source take all, unless a number was given
     shards = params["train_shards"] if params["data_source"] == "hub" or "train_shards" in given else -1
     data = prepare_golf_data(params["data_source"], params["variant"], shards)
 tokenizer = load_golf_tokenizer(data.tokenizer_path, params["vocab_size"])
@@ -346,12 +349,12 @@ elif rank == 0:
 
 # %% [markdown]
 # # ▶ Model
-# Three blocks, eight times over; attention and MLP read the same input. Variant B2 loops over a few layers in the
-# middle only, which is what the records came to.
+# Three blocks, eight times over; attention and MLP read the same input. A second architecture, `looped`, repeats a few
+# layers in the middle only, which is what the records came to.
 
 # %%
-from nanochat.optim import MuonAdamW, odd_polynomials
-from golf.golf_gpt import GolfModel, parameter_roles
+from nanochat.optim import MuonAdamW
+from golf.golf_gpt import GolfModel
 from golf.recurrent_gpt import RecurrentGPT, depth_for_step
 from golf.looped_gpt import LoopedGPT
 from golf.golf_optim import WeightEMA, setup_golf_optimizer
@@ -394,7 +397,7 @@ from golf.recurrent_export import (
 from golf.golf_train import GolfTraining, compile_golf, device_batch_for, train_golf
 
 # %%
-params["device_batch_tokens"] = params["device_batch_tokens"] or device_batch_for(device, 70e9)
+params["device_batch_tokens"] = params["device_batch_tokens"] or device_batch_for(device, whole_slice_bytes=70e9)
 training = GolfTraining(**{name: params[name] for name in GolfTraining.__dataclass_fields__ if name in params})
 if params["evaluate"]:
     weights, header = read_artifact(params["evaluate"])
@@ -416,9 +419,9 @@ if params["evaluate"]:
 
 # %% [markdown]
 # # ▶ Plan
-# How wide may the model be? A width is chosen for which the file is predicted to fit, before anything is trained. The
-# rounding is assumed to be a little coarser than it would have to be for the best precision; it is decided in earnest
-# after the training, when there are weights to measure.
+# How wide may the model be? The widest whose file is predicted to fit, before anything is trained. How coarse the
+# rounding has to be is decided after the training, when there are weights to measure; for the plan, weights beyond six
+# standard deviations of their row are taken to be clipped.
 
 # %%
 from golf.ablation import ablate
@@ -433,6 +436,7 @@ from golf.golf_plots import (
 from golf.golf_log import GolfLog, golf_header_lines, golf_record_lines
 
 # %%
+# assumptions of the plan: the clip that fits and the bytes of the script are known after the training
 PLANNED_CLIP_SIGMAS, LARGEST_CLIP_SIGMAS, PLANNED_CODE_BYTES = 6.0, 64.0, 90_000
 config = golf_config_of(
     params["architecture"],
@@ -489,8 +493,7 @@ show_table(
         ("model", f"{layers}, width {model_dim}, {config.num_heads} heads"),
         ("weights", f"{sum(p.numel() for p in model.parameters()):,}"),
         ("step", f"{params['train_batch_tokens']:,} tokens in sequences of {params['train_seq_len']:,}: 8 slices, "
-                 f"{accumulation} for each process"
-                 f"{at_once}"),
+                 f"{accumulation} for each process{at_once}"),
         ("until", f"{params['iterations']:,} steps" + (f", or {cap:,.0f} seconds, {params['gptq_reserve_seconds']:g} "
                   "of them for the calibration" if cap else "")),
         ("validation", f"{len(val_tokens) - 1:,} targets, {val_bytes:,} bytes"),
@@ -503,7 +506,7 @@ show_table(
 # %% [markdown]
 # # ▶ Train
 # Against the clock, or for a number of steps. Interrupting is safe: the stop button finishes the step and saves, and
-# the run goes on from there. From two fifths of the way on an average of the weights is kept beside them.
+# the run goes on from there. From two fifths of the way on a moving average of the weights (EMA) is kept beside them.
 
 # %%
 if cap:
@@ -512,23 +515,25 @@ depths = tuple(int(depth) for depth in params["train_recurrences"].split("|") if
 
 
 def forward_options(step, progress, scoring):
-    """What the model is told beside its tokens: how deep to go."""
+    """What the model is told beside its tokens, in an update or (scoring) in a validation: how deep to go."""
     if not is_recurrent:
         return {"looping": progress >= params["enable_looping_at"]}
     return {} if scoring or not depths else {"depth": depth_for_step(params["seed"], step, depths)}
 
 
-variants = (
-    [{"looping": False}, {"looping": True}] if not is_recurrent else [{"depth": depth} for depth in depths] or [{}]
-)
+# all that forward_options can say, to be compiled before the clock starts
+if is_recurrent:
+    variants = [{"depth": depth} for depth in depths] or [{}]
+else:
+    variants = [{"looping": False}, {"looping": True}]
 log = GolfLog(os.path.join(run_dir, "train.log"))
 stream = TokenStream(data.train_files, params["vocab_size"])
 loader = DistributedTokenLoader(stream, rank, world_size, device)
 optimizer = setup_golf_optimizer(model, compute_dtype=compute_dtype, **learning)
 ema = WeightEMA(model, params["ema_decay"], params["swa_start_frac"])
 call = compile_golf(model, optimizer, params["torch_compile"])
-inputs = {"model": asdict(config), "learning": learning, "data": data.fingerprint(), "depths": depths}
-inputs |= {name: params[name] for name in ("architecture", "enable_looping_at", "ema_decay", "swa_start_frac")}
+training_inputs = {"model": asdict(config), "learning": learning, "data": data.fingerprint(), "depths": depths}
+training_inputs |= {name: params[name] for name in ("architecture", "enable_looping_at", "ema_decay", "swa_start_frac")}
 chart = LiveChart(params["iterations"], params["run_id"], prints=False)  # the log prints
 log(*golf_header_lines(params, data, len(val_tokens) - 1, model, world_size, accumulation))
 if cap:
@@ -536,8 +541,8 @@ if cap:
 records = []
 try:
     for record in train_golf(
-        os.path.join(run_dir, "checkpoints"), training, model, optimizer, call, loader, val_tokens, byte_tables, inputs,
-        ema, variants, forward_options,
+        os.path.join(run_dir, "checkpoints"), training, model, optimizer, call, loader, val_tokens, byte_tables,
+        training_inputs, ema=ema, variants=variants, options_at=forward_options,
     ):  # fmt: skip
         records.append(record)
         if cap and record.progress:  # the clock will end it, at about this step
@@ -548,7 +553,7 @@ finally:  # also when it is stopped: the picture so far is worth keeping
     chart.finish()
 average = f"started at {params['swa_start_frac']:.0%} of the run, decay {ema.decay:.5f}" if ema.started else "none"
 log(f"ema: {average}")
-raw = records[-1] if rank == 0 else None
+last_record = records[-1] if rank == 0 else None
 
 # %% [markdown]
 # The schedule as it was planned for all steps, and as the clock made it.
@@ -573,26 +578,33 @@ from golf.packed_script import pack_script, running_program
 if ema.started:  # a clock can end a run of a few steps before
     ema.copy_to_model()
 windows_at_once = training.scoring_windows_at_once(world_size, params["sw_seq_len"])
-script = pack_script(frozen_parameters(running_program(), params)) if rank == 0 else b""
 ways = ["blocks", "banded", "sliding"]  # the last one is the score
 if params["ttt_mode"] != "off":
     ways += ["sgd", "lora"] if params["ttt_mode"] == "lora" else ["lora", "sgd"]
 scoring = {"length": params["sw_seq_len"], "stride": params["sw_stride"], "ttt": asdict(ttt), "ways": ways}
 scoring["depth"] = model.depth if is_recurrent else 0
+score_ways = partial(score_ladder, model, call, scoring, val_tokens, byte_tables, windows_at_once, device)
 header = {"architecture": params["architecture"], "model": asdict(config), "scoring": scoring}
+
+# %% [markdown]
+# That was what the file will say about itself: which model it holds, and in which ways it is to be scored. Now the
+# script and the file.
+
+# %%
+script = pack_script(frozen_parameters(running_program(), params)) if rank == 0 else b""
 export_inputs = {"script": hashlib.sha256(script).hexdigest(), "seed": params["seed"], "data": data.fingerprint()}
 if rank == 0:
-    export_inputs["weights"] = read_meta(os.path.join(run_dir, "checkpoints"), records[-1].step)["files"]
+    export_inputs["weights"] = read_meta(os.path.join(run_dir, "checkpoints"), last_record.step)["files"]
 export = finished_stage("golf export", export_inputs, run_dir)
 if export is None:
-    averaged = score_ladder(model, call, scoring, val_tokens, byte_tables, windows_at_once, device, ["blocks"])
+    averaged = score_ways(["blocks"])["blocks"]
     started = time.perf_counter()
     loader.position = 0
     batch = (params["train_batch_tokens"], params["train_seq_len"], accumulation)
     hessians = calibrate(model, (loader.next_batch(*batch)[0] for _ in range(params["gptq_calibration_batches"])))
     calibration_seconds = time.perf_counter() - started
     export = export_golf(run_dir, model, hessians, params, header, len(script)) if rank == 0 else {}
-    export |= {"averaged": averaged["blocks"], "calibration_seconds": calibration_seconds}
+    export |= {"averaged": averaged, "calibration_seconds": calibration_seconds}
     if rank == 0:
         write_atomic(os.path.join(run_dir, "train_gpt.py"), script)
     files = [os.path.join(run_dir, name) for name in (GOLF_ARTIFACT, NEAREST_ARTIFACT, "train_gpt.py")]
@@ -649,8 +661,7 @@ if scores is None:
     scores = {}
     for name in (NEAREST_ARTIFACT, GOLF_ARTIFACT):
         model.load_state_dict(read_artifact(os.path.join(run_dir, name))[0], strict=True)
-        rows = score_ladder(model, call, scoring, val_tokens, byte_tables, windows_at_once, device, ["blocks"])
-        scores[name] = rows["blocks"]
+        scores[name] = score_ways(["blocks"])["blocks"]
     tokenizer_file = "tokenizer" + os.path.splitext(data.tokenizer_path)[1]
     scores["new process"] = run_in_fresh_process(
         script,
@@ -662,41 +673,41 @@ if scores is None:
     )  # fmt: skip
     finish_stage("golf evaluation", evaluation_inputs, scores, folder=run_dir)
 model.load_state_dict(read_artifact(artifact)[0], strict=True)
-there = scores["new process"]
-names = {"blocks": "quantized", "banded": "quantized_banded", "sliding": "quantized_sliding_window"}
+fresh = scores["new process"]
+log_names = {"blocks": "quantized", "banded": "quantized_banded", "sliding": "quantized_sliding_window"}
 for way in ways:
     log(
-        f"{names.get(way, f'quantized_ttt_{way}')} val_loss:{there[way]['val_loss']:.8f} "
-        f"val_bpb:{there[way]['val_bpb']:.8f} eval_time:{1000 * there[way]['seconds']:.0f}ms"
+        f"{log_names.get(way, f'quantized_ttt_{way}')} val_loss:{fresh[way]['val_loss']:.8f} "
+        f"val_bpb:{fresh[way]['val_bpb']:.8f} eval_time:{1000 * fresh[way]['seconds']:.0f}ms"
     )
 log(f"script_sha256:{evaluation_inputs['script']}")
 
 # %% [markdown]
-# The ladder. Everything from "rounded by GPTQ" on is what the new process said. Training on what was scored has a
-# memory: weights and momentum live on from chunk to chunk. Without it every chunk would be scored by the exported
-# weights, and that is the row "sliding windows".
+# Rung by rung, from the trained weights to the score. Everything from "rounded by GPTQ" on is what the new process
+# said. Training on what was scored has a memory: weights and momentum live on from chunk to chunk. Without it every
+# chunk would be scored by the exported weights, and that is the row "sliding windows".
 
 # %%
 if rank == 0:
-    ladder = [("trained weights, in blocks", raw.val_bpb, None)]
+    ladder = [("trained weights, in blocks", last_record.val_bpb, None)]
     averaged_label = "their average" if ema.started else "the same: no average was begun"
     ladder += [(averaged_label, export["averaged"]["val_bpb"], export["averaged"]["seconds"])]
     ladder += [("rounded plainly", scores[NEAREST_ARTIFACT]["val_bpb"], scores[NEAREST_ARTIFACT]["seconds"])]
-    ladder += [("rounded by GPTQ: the file", there["blocks"]["val_bpb"], there["blocks"]["seconds"])]
-    ladder += [(LADDER_LABELS[way], there[way]["val_bpb"], there[way]["seconds"]) for way in ways[1:]]
+    ladder += [("rounded by GPTQ: the file", fresh["blocks"]["val_bpb"], fresh["blocks"]["seconds"])]
+    ladder += [(LADDER_LABELS[way], fresh[way]["val_bpb"], fresh[way]["seconds"]) for way in ways[1:]]
     show_figure(plot_scores(ladder), "ladder")
     show_table(
-        [(LADDER_LABELS[way], *(there[way][unit] for unit in ("val_loss", "val_bpb", "seconds"))) for way in ways],
+        [(LADDER_LABELS[way], *(fresh[way][unit] for unit in ("val_loss", "val_bpb", "seconds"))) for way in ways],
         header=("the file, scored", "nats per token", "bits per byte", "seconds"),
     )
     print0(
         f"The file in blocks, scored here: {scores[GOLF_ARTIFACT]['val_bpb']:.8f}; by the new process: "
-        f"{there['blocks']['val_bpb']:.8f}."
+        f"{fresh['blocks']['val_bpb']:.8f}."
     )
 
 # %% [markdown]
-# Other depths, on a part of the text. Looping more often than in training is not free test-time compute: it is another
-# question than the one that was trained.
+# The same weights, looped more or less often, on a part of the text. More loops than in training are not free thinking
+# time: the model was never asked for them.
 
 # %%
 if is_recurrent:
@@ -729,21 +740,23 @@ from golf.legality import (
 if "prove" in skipped:
     print0("proof: left out, as asked")
 else:
-    small = replace(ttt, ttt_chunk_tokens=192, ttt_batch_seqs=4, ttt_chunk_size=64, ttt_eval_seq_len=128)
+    small_ttt = replace(ttt, ttt_chunk_tokens=192, ttt_batch_seqs=4, ttt_chunk_size=64, ttt_eval_seq_len=128)
+    losses_of = partial(model, reduction="none")  # not compiled: there are many shapes, each for a moment only
+    length, stride, at_a_time = 64, 32, 4
     excerpt = val_tokens[:801]
-    borders = [window.first for window in scoring_windows(800, 64, 32)]
+    borders = [window.first for window in scoring_windows(800, length, stride)]
     provers = {
-        "sliding windows": lambda stream, watch: score_stream(
-            partial(model, reduction="none"), stream, byte_tables, 64, 32, 4, device, watch
+        "sliding windows": lambda tokens, watch: score_stream(
+            losses_of, tokens, byte_tables, length, stride, at_a_time, device, watch
         ),
-        "in a band": lambda stream, watch: score_banded(
-            partial(model, reduction="none"), stream, byte_tables, 64, 32, 4, device, watch
+        "in a band": lambda tokens, watch: score_banded(
+            losses_of, tokens, byte_tables, length, stride, at_a_time, device, watch
         ),
-        "training on what was scored": lambda stream, watch: score_with_sgd_ttt(
-            model, stream, byte_tables, 64, 32, small, 4, device, watch
+        "training on what was scored": lambda tokens, watch: score_with_sgd_ttt(
+            model, tokens, byte_tables, length, stride, small_ttt, at_a_time, device, watch
         ),
-        "training on each document": lambda stream, watch: score_with_lora_ttt(
-            model, stream, byte_tables, small, device, watch
+        "training on each document": lambda tokens, watch: score_with_lora_ttt(
+            model, tokens, byte_tables, small_ttt, device, watch
         ),
     }
     for name, scorer in provers.items():
@@ -751,7 +764,7 @@ else:
         show_table(legality_rows(findings), LEGALITY_HEADER, caption=name)
         if "training" in name:
             show_table(order_of_events(watch, limit=6), EVENT_HEADER)
-    windows = scoring_windows(256, 64, 32)
+    windows = scoring_windows(256, length, stride)
     show_figure(plot_score_order(windows, [(3, 0, 128), (5, 128, 192)]), "score-order")
 
 # %% [markdown]
@@ -759,9 +772,12 @@ else:
 # The same short training again and again, with one ingredient less each time.
 
 # %%
-shorter = {"without round numbers": {"iteration_embeddings": False},
-           "one after the other": {"parallel_residuals": False},
-           "queries without a large gain": {"qk_gain_init": 1.5}, "one round": {"num_recurrences": 1}}  # fmt: skip
+other_models = {
+    "without round numbers": {"iteration_embeddings": False},
+    "attention, then MLP": {"parallel_residuals": False},
+    "queries without a large gain": {"qk_gain_init": 1.5},
+    "one round": {"num_recurrences": 1},
+}
 other_learning = {
     "plain Muon": {"equalise_rows": False},
     "without weight decay": {"muon_weight_decay": 0.0, "embed_wd": 0.0},
@@ -776,7 +792,7 @@ else:
     short_learning = learning | {"compute_dtype": compute_dtype}
     runs = {"the whole recipe": (params["seed"], build, short_learning, {})}
     runs["with another seed"] = (params["seed"] + 1, build, short_learning, {})
-    for label, changes in shorter.items():
+    for label, changes in other_models.items():
         runs[label] = (params["seed"], partial(build, **changes), short_learning, {})
     for label, changes in other_learning.items():
         runs[label] = (params["seed"], build, short_learning | changes, {})
@@ -784,8 +800,8 @@ else:
     ablation_inputs = export_inputs | {"steps": params["ablation_steps"]}
     table = ablate(
         runs, training, params["ablation_steps"], stream, val_tokens, byte_tables, (rank, world_size, device),
-        finished_stage("golf ablation", ablation_inputs, run_dir),
-        lambda rows: finish_stage("golf ablation", ablation_inputs, rows, folder=run_dir),
+        done=finished_stage("golf ablation", ablation_inputs, run_dir),
+        keep=lambda rows: finish_stage("golf ablation", ablation_inputs, rows, folder=run_dir),
     )  # fmt: skip
     whole = table["the whole recipe"][1]
     show_table(
@@ -799,19 +815,13 @@ else:
 # that luck did it. How many seeds that takes can be known before they are trained.
 
 # %%
-from golf.seed_planner import (
-    SEED_PLAN_HEADER,
-    seed_plan_rows,
-)
+from golf.seed_planner import SEED_PLAN_HEADER, seed_plan_rows
 
 # %% [markdown]
-# The runs of this table scatter as three published ones did (0.0032 nats).
+# The table takes runs to scatter as the three published ones of the record "Training Opt Seq4096 v1" did (0.0032 nats).
 
 # %%
-show_table(
-    seed_plan_rows(0.0031627, val_bytes / (len(val_tokens) - 1)),
-    SEED_PLAN_HEADER,
-)
+show_table(seed_plan_rows(sd=0.0031627, bytes_per_token=val_bytes / (len(val_tokens) - 1)), SEED_PLAN_HEADER)
 
 # %% [markdown]
 # The folder: the script that was run, the log, the numbers and where they come from. Then the linter reads it as a

@@ -5,8 +5,9 @@
 #
 # The challenge: ten minutes on eight H100, and a file of at most 16,000,000 bytes, code included, that predicts text
 # as well as possible. The score is bits per byte on a fixed text that nobody may train on. This notebook is the record
-# "Training Opt Seq4096 v1", which published 1.2014: a nine-layer model of 17 million weights, sequences of 4,096
-# tokens, a slow and heavy optimizer, eight bits for each weight.
+# "Training Opt Seq4096 v1" of the repository [openai/parameter-golf](https://github.com/openai/parameter-golf), which
+# published 1.2014: a nine-layer model of 17 million weights, sequences of 4,096 tokens, small steps with a long memory,
+# eight bits for each weight. *The original*, in all that follows, is the script that the record ran.
 #
 # Run all. It gets the data, audits the bytes, trains against the clock, exports, has a **new process** score nothing
 # but the exported file, proves that no prediction saw its future, and writes a submission that a linter has read.
@@ -45,7 +46,7 @@ tokenizer_path = ""  # @param {type:"string"}
 
 # The name of this run; "" is the preset's and the seed's.
 run_id = ""  # @param {type:"string"}
-# Draws the first weights.
+# Random seed of the training, first of all of the initial weights.
 seed = -1  # @param {type:"integer"}
 # The most tokens in one forward pass; 0 is a whole slice, or less where the GPU is small.
 device_batch_tokens = -1  # @param {type:"integer"}
@@ -56,7 +57,7 @@ torch_compile = -1  # @param {type:"integer"}
 iterations = -1  # @param {type:"integer"}
 # The most seconds, validations not counted; 0 is no limit. -1 is 600 on eight GPUs and accordingly more on fewer.
 max_wallclock_seconds = -1.0  # @param {type:"number"}
-# Steps that compile and are undone.
+# Steps before the clock starts: they compile the model, and their effect is undone.
 warmup_steps = -1  # @param {type:"integer"}
 # Steps at the end in which the learning rates fall to zero.
 warmdown_iters = -1  # @param {type:"integer"}
@@ -87,58 +88,58 @@ num_kv_heads = -1  # @param {type:"integer"}
 mlp_mult = -1  # @param {type:"integer"}
 # 1 uses the embedding as the output head too, 0 learns a second matrix.
 tie_embeddings = -1  # @param {type:"integer"}
-# The slowest rotation of the positions.
+# Base of the rotary positions: the larger, the slower the slowest rotation.
 rope_base = -1.0  # @param {type:"number"}
 # Logits lie within plus and minus this.
 logit_softcap = -1.0  # @param {type:"number"}
-# What queries are multiplied with at first.
+# The factor of the queries at the start; each head then learns its own.
 qk_gain_init = -1.0  # @param {type:"number"}
-# Spread of the first embedding.
+# Standard deviation of the initial embedding.
 tied_embed_init_std = -1.0  # @param {type:"number"}
 # 1 rounds positions to bf16 as the published script does, to replay its logs.
 bf16_rope = -1  # @param {type:"integer"}
 
-# Learning rate of an embedding that is the head too.
+# Learning rate of the embedding when it is the output head too.
 tied_embed_lr = -1.0  # @param {type:"number"}
-# Learning rate of an embedding that is not.
+# Learning rate of the embedding when it is not.
 embed_lr = -1.0  # @param {type:"number"}
-# Learning rate of the head of its own.
+# Learning rate of a separate output head.
 head_lr = -1.0  # @param {type:"number"}
-# Learning rate of the matrices (Muon).
+# Learning rate of the matrices, which Muon trains: it orthogonalises each step of a matrix.
 matrix_lr = -1.0  # @param {type:"number"}
 # Learning rate of gains, scales and mixes.
 scalar_lr = -1.0  # @param {type:"number"}
 # How much of its past Adam keeps in its mean gradient.
 beta1 = -1.0  # @param {type:"number"}
-# The same for its mean squared gradient.
+# How much of its past Adam keeps in its mean squared gradient.
 beta2 = -1.0  # @param {type:"number"}
-# What Adam adds below the fraction line.
+# What Adam adds to its denominator, so that it never divides by zero.
 adam_eps = -1.0  # @param {type:"number"}
-# How much of its past Muon keeps.
+# How much of its past Muon keeps in its momentum.
 muon_momentum = -1.0  # @param {type:"number"}
-# Where that starts.
+# Muon's momentum at the first step.
 muon_momentum_warmup_start = -1.0  # @param {type:"number"}
-# Steps until it is there.
+# Steps until it has risen to muon_momentum.
 muon_momentum_warmup_steps = -1  # @param {type:"integer"}
-# Newton-Schulz steps.
+# Newton-Schulz iterations with which Muon orthogonalises a step.
 muon_backend_steps = -1  # @param {type:"integer"}
-# Longest gradient; 0 does not clip.
+# Norm to which a longer gradient is clipped; 0 does not clip.
 grad_clip_norm = -1.0  # @param {type:"number"}
 
-# Tensors whose names contain one of these steer the others: no Muon for them.
+# Tensors with one of these in their names are control tensors, which steer the others: Adam trains them, not Muon.
 control_tensor_name_patterns = ""  # @param {type:"string"}
-# Small tensors that are exported in fp32.
+# Small tensors with one of these in their names are exported in fp32, the others in fp16.
 int8_keep_float_fp32_name_patterns = ""  # @param {type:"string"}
-# The original's smallest step of a row, 1/127: 1 keeps it, 0 does not, 2 only if the file is too large without it.
+# Rounding steps of at least 1/127, as in the original: 1 always, 0 never, 2 only if the file is too large without.
 int8_original_floor = -1  # @param {type:"integer"}
 
 # Stages to leave out, joined by commas: audit, prove, submit.
 skip = ""  # @param {type:"string"}
 # Who hands this in.
 author = ""  # @param {type:"string"}
-# Under which name on GitHub.
+# Their name on GitHub.
 github_id = ""  # @param {type:"string"}
-# An exported file: score it and end. This is what the new process is told.
+# An exported file to score instead of training; set by the run itself for the process that scores its file.
 evaluate = ""  # @param {type:"string"}
 
 # %% [markdown]
@@ -168,7 +169,6 @@ if importlib.util.find_spec("torch") is None:
 
 # %%
 from nanochat.runtime import (
-    UserError,
     autodetect_device_type,
     choose_compute_dtype,
     compute_cleanup,
@@ -217,7 +217,7 @@ if not params["run_id"]:
 # for validation and nobody trains on them.
 
 # %%
-from nanochat.stages import finish_stage, finished_stage, fingerprint_of, source_fingerprint, what_changed
+from nanochat.stages import finish_stage, finished_stage
 from nanochat.plots import LiveChart, show_figure, show_table
 from nanochat.checkpoint_files import read_meta
 from nanochat.training_loop import TrainLog
@@ -227,13 +227,15 @@ from golf.golf_tokenizers import build_byte_tables, load_golf_tokenizer
 from golf.golf_data import open_golf_shards, prepare_golf_data, sha256_of_golf_file
 
 # %%
-slice_tokens(params["train_batch_tokens"], params["train_seq_len"], 8)  # raises what would only show later
+# refuses sizes that do not divide before any data is fetched
+slice_tokens(params["train_batch_tokens"], params["train_seq_len"], 8)
 if params["data_path"]:
     data = open_golf_shards(
         params["data_path"], params["tokenizer_path"], params["vocab_size"], params["train_shards"],
         training=not params["evaluate"],
     )  # fmt: skip
 else:
+    # the preset counts the shards of the hub; from another source take all, unless a number was given
     shards = params["train_shards"] if params["data_source"] == "hub" or "train_shards" in given else -1
     data = prepare_golf_data(params["data_source"], params["variant"], shards)
 tokenizer = load_golf_tokenizer(data.tokenizer_path, params["vocab_size"])
@@ -262,19 +264,17 @@ elif rank == 0:
 # The baseline of the challenge. Nothing in it is stored twice, and a new one predicts every token equally badly.
 
 # %%
-from nanochat.optim import MuonAdamW, odd_polynomials
+from nanochat.optim import MuonAdamW
 from golf.golf_gpt import GolfConfig, GolfGPT, parameter_roles
 from golf.golf_optim import setup_golf_optimizer
-from golf.golf_schedule import TrainingClock, golf_lr_multiplier, golf_muon_momentum
+from golf.golf_schedule import TrainingClock
 from golf.golf_scoring import score_stream
 from golf.golf_plots import RECORD_A_REFERENCE, plot_golf_schedule
 
 # %%
-config = GolfConfig(
-    **{name: params[name] for name in GolfConfig.__dataclass_fields__ if name in params}
-    | {"tie_embeddings": bool(params["tie_embeddings"]), "bf16_rope": bool(params["bf16_rope"])},
-    max_seq_len=params["train_seq_len"],
-)
+shape = {name: params[name] for name in GolfConfig.__dataclass_fields__ if name in params}
+shape |= {"tie_embeddings": bool(params["tie_embeddings"]), "bf16_rope": bool(params["bf16_rope"])}
+config = GolfConfig(**shape, max_seq_len=params["train_seq_len"])
 torch.manual_seed(params["seed"])
 model = GolfGPT(config, compute_dtype).to(device)
 control_patterns = tuple(params["control_tensor_name_patterns"].split(","))
@@ -297,16 +297,15 @@ from golf.int8_export import (
 )
 
 # %%
-params["device_batch_tokens"] = params["device_batch_tokens"] or device_batch_for(device, 20e9)
+params["device_batch_tokens"] = params["device_batch_tokens"] or device_batch_for(device, whole_slice_bytes=20e9)
 training = GolfTraining(**{name: params[name] for name in GolfTraining.__dataclass_fields__ if name in params})
 if params["evaluate"]:
     started = time.perf_counter()
     model.load_state_dict(read_int8_model(params["evaluate"]), strict=True)
-    call = compile_golf(model, None, params["torch_compile"])
-    windows_at_once = training.scoring_windows_at_once(world_size, params["train_seq_len"])
-    losses_of = partial(call, reduction="none")
+    losses_of = partial(compile_golf(model, None, params["torch_compile"]), reduction="none")
     length = params["train_seq_len"]
-    sums = score_stream(losses_of, val_tokens, byte_tables, length, None, windows_at_once, device)
+    windows_at_once = training.scoring_windows_at_once(world_size, length)
+    sums = score_stream(losses_of, val_tokens, byte_tables, length, batch_windows=windows_at_once, device=device)
     print0(f"{sums.val_bpb:.8f} bits per byte, {sums.val_loss:.8f} nats per token")
     if rank == 0:
         score = {"val_loss": sums.val_loss, "val_bpb": sums.val_bpb, "seconds": time.perf_counter() - started}
@@ -344,8 +343,7 @@ show_table(
         ("precision", f"{str(compute_dtype).removeprefix('torch.')} products, fp32 weights: {dtype_reason}"),
         ("model", f"{config.num_layers} layers, width {config.model_dim}, {config.num_heads} heads"),
         ("step", f"{params['train_batch_tokens']:,} tokens in sequences of {params['train_seq_len']:,}: 8 slices, "
-                 f"{accumulation} for each process"
-                 f"{at_once}"),
+                 f"{accumulation} for each process{at_once}"),
         ("until", f"{params['iterations']:,} steps" + (f", or {cap:,.0f} seconds" if cap else "")),
         ("validation", f"{len(val_tokens) - 1:,} targets, {val_bytes:,} bytes"),
         ("not from the preset", ", ".join(f"{name}={value}" for name, value in changed.items()) or "nothing"),
@@ -364,15 +362,17 @@ log = GolfLog(os.path.join(run_dir, "train.log"))
 loader = DistributedTokenLoader(TokenStream(data.train_files, params["vocab_size"]), rank, world_size, device)
 optimizer = setup_golf_optimizer(model, control_patterns=control_patterns, compute_dtype=compute_dtype, **learning)
 call = compile_golf(model, optimizer, params["torch_compile"])
-inputs = {"model": asdict(config), "learning": learning, "data": data.fingerprint(), "patterns": control_patterns}
+training_inputs = {"model": asdict(config), "learning": learning, "data": data.fingerprint()}
+training_inputs |= {"patterns": control_patterns}
 reference = RECORD_A_REFERENCE if params["preset"] == "record" else None
 chart = LiveChart(params["iterations"], params["run_id"], reference, prints=False)  # the log prints
 log(*golf_header_lines(params, data, len(val_tokens) - 1, model, world_size, accumulation))
 records = []
 try:
     for record in train_golf(
-        os.path.join(run_dir, "checkpoints"), training, model, optimizer, call, loader, val_tokens, byte_tables, inputs
-    ):
+        os.path.join(run_dir, "checkpoints"), training, model, optimizer, call, loader, val_tokens, byte_tables,
+        training_inputs,
+    ):  # fmt: skip
         records.append(record)
         if cap and record.progress:  # the clock will end it, at about this step
             chart.total_steps = round(record.step / record.progress)
@@ -380,7 +380,7 @@ try:
         log(*golf_record_lines(record, params["iterations"]), echo=not record.replayed)
 finally:  # also when it is stopped: the picture so far is worth keeping
     chart.finish()
-before = records[-1] if rank == 0 else None
+last_record = records[-1] if rank == 0 else None
 
 # %% [markdown]
 # The schedule as it was planned for all steps, and as the clock made it.
@@ -406,16 +406,12 @@ script = pack_script(frozen_parameters(running_program(), params)) if rank == 0 
 artifact = os.path.join(run_dir, "final_model.int8.ptz")
 export_inputs = {"script": hashlib.sha256(script).hexdigest(), "data": data.fingerprint(), "seed": params["seed"]}
 if rank == 0:
-    export_inputs["weights"] = read_meta(os.path.join(run_dir, "checkpoints"), before.step)["files"]
+    export_inputs["weights"] = read_meta(os.path.join(run_dir, "checkpoints"), last_record.step)["files"]
 export = finished_stage("golf export", export_inputs, run_dir)
 if export is None:
-    _, sizes = export_int8(
-        run_dir,
-        model.state_dict(),
-        tuple(params["int8_keep_float_fp32_name_patterns"].split(",")),
-        floors=((False,), (True,), (False, True))[params["int8_original_floor"]],
-        code_bytes=len(script),
-    )
+    floors_to_try = {0: (False,), 1: (True,), 2: (False, True)}[params["int8_original_floor"]]
+    fp32_patterns = tuple(params["int8_keep_float_fp32_name_patterns"].split(","))
+    _, sizes = export_int8(run_dir, model.state_dict(), fp32_patterns, floors_to_try, code_bytes=len(script))
     export = asdict(sizes) if rank == 0 else {}
     if rank == 0:
         write_atomic(os.path.join(run_dir, "train_gpt.py"), script)
@@ -456,9 +452,9 @@ scores = finished_stage("golf evaluation", evaluation_inputs, run_dir)
 if scores is None:
     length, losses_of = params["train_seq_len"], partial(call, reduction="none")
     windows_at_once = training.scoring_windows_at_once(world_size, length)
-    here = score_stream(losses_of, val_tokens, byte_tables, length, None, windows_at_once, device)
+    here = score_stream(losses_of, val_tokens, byte_tables, length, batch_windows=windows_at_once, device=device)
     tokenizer_file = "tokenizer" + os.path.splitext(data.tokenizer_path)[1]
-    there = run_in_fresh_process(
+    fresh = run_in_fresh_process(
         script,
         ["--evaluate=final_model.int8.ptz", "--data_path=val", f"--tokenizer_path={tokenizer_file}",
          f"--device_type={device.type}"],
@@ -466,19 +462,19 @@ if scores is None:
         "result.json",
         timeout=1800 * 8 // world_size,
     )  # fmt: skip
-    scores = {"here": {"val_loss": here.val_loss, "val_bpb": here.val_bpb}, "there": there}
+    scores = {"here": {"val_loss": here.val_loss, "val_bpb": here.val_bpb}, "there": fresh}
     finish_stage("golf evaluation", evaluation_inputs, scores, folder=run_dir)
-here, there = scores["here"], scores["there"]
-log(*int8_roundtrip_lines(there["val_loss"], there["val_bpb"], there["seconds"]))
+here, fresh = scores["here"], scores["there"]
+log(*int8_roundtrip_lines(fresh["val_loss"], fresh["val_bpb"], fresh["seconds"]))
 log(f"script_sha256:{evaluation_inputs['script']}")
 if rank == 0:
-    rows = [("trained weights", before.val_loss, before.val_bpb)]
+    rows = [("trained weights", last_record.val_loss, last_record.val_bpb)]
     rows += [("exported file, scored here", here["val_loss"], here["val_bpb"])]
-    rows += [("exported file, new process", there["val_loss"], there["val_bpb"])]
+    rows += [("exported file, new process", fresh["val_loss"], fresh["val_bpb"])]
     units = ("val_loss", "val_bpb")
     rows = [(label, f"{nats:.8f}", f"{bpb:.8f}") for label, nats, bpb in rows]
-    rows += [("new process − here", *(f"{there[unit] - here[unit]:+.8f}" for unit in units))]
-    rows += [("cost of eight bits", *(f"{there[unit] - getattr(before, unit):+.8f}" for unit in units))]
+    rows += [("new process − here", *(f"{fresh[unit] - here[unit]:+.8f}" for unit in units))]
+    rows += [("cost of eight bits", *(f"{fresh[unit] - getattr(last_record, unit):+.8f}" for unit in units))]
     show_table(rows, header=("", "nats per token", "bits per byte"))
 
 # %% [markdown]
@@ -499,12 +495,12 @@ from golf.legality import (
 if "prove" in skipped:
     print0("proof: left out, as asked")
 else:
-    eager = model  # the prover changes shapes, and compiling each would take longer than the proof
-    excerpt = val_tokens[: 4 * min(256, params["train_seq_len"]) + 100]
+    length = min(256, params["train_seq_len"])
+    excerpt = val_tokens[: 4 * length + 100]
+    losses_of = partial(model, reduction="none")  # not compiled: there are many shapes, each for a moment only
 
     def score_excerpt(stream, watch):
-        losses_of = partial(eager, reduction="none")
-        return score_stream(losses_of, stream, byte_tables, min(256, params["train_seq_len"]), None, 4, device, watch)
+        return score_stream(losses_of, stream, byte_tables, length, batch_windows=4, device=device, watch=watch)
 
     findings, watch = prove_legality(score_excerpt, excerpt, byte_tables, number=12)
     show_table(legality_rows(findings), LEGALITY_HEADER)
@@ -530,11 +526,12 @@ from golf.seed_planner import (
 # names), and how far beyond the margin a mean has to be with as many seeds, at the scatter of those three.
 
 # %%
+# seed, nats per token, bits per byte
 published = [(1337, 2.02857127, 1.20143417), (1338, 2.02522281, 1.19945102), (1339, 2.03154449, 1.20319508)]
 published = [SeedResult(*result) for result in published]
 test = one_sample_test([result.bpb for result in published], 1.21613611 - 0.005, "bpb", "as published")
 show_table(t_test_rows([test]), T_TEST_HEADER)
-show_table(seed_plan_rows(0.0031627, 2.43593), SEED_PLAN_HEADER)
+show_table(seed_plan_rows(sd=0.0031627, bytes_per_token=2.43593), SEED_PLAN_HEADER)  # as those three were
 
 # %% [markdown]
 # The folder: the script that was run, the log, the numbers and where they come from. Then the linter reads it as a

@@ -140,19 +140,19 @@ def unpack_stream(form: str, data: bytes, raw_bytes: int, codec: str) -> bytes:
 # %%
 @dataclass(frozen=True)
 class EncodedArtifact:
-    """blob: the whole file. codec: its name. packed and raw: bytes of every stream by kind. forms: by kind."""
+    """blob: the whole file. codec: its name. packed: bytes of every stream by kind. forms: by kind."""
 
     blob: bytes
     codec: str
     packed: dict[str, int]
-    raw: dict[str, int]
     forms: dict[str, str]
 
 
 def encode_artifact(tensors: dict[str, StoredTensor], config: dict, compressor: str = "auto") -> EncodedArtifact:
     """The file for these tensors. config: whatever is needed to rebuild and score the model, as JSON types.
 
-    Raises UserError for a config that holds an absolute path: it would tie the file to one machine. Spec section 5.
+    Raises UserError for a config that holds an absolute path: it would tie the file to one machine.
+    Golf spec section 5.
     """
     for name, value in named_leaves(plain_json(config)).items():
         if isinstance(value, str) and (value.startswith(("/", "~", "\\\\")) or value[1:3] in (":\\", ":/")):
@@ -183,7 +183,6 @@ def encode_artifact(tensors: dict[str, StoredTensor], config: dict, compressor: 
         codec=codec,
         packed={kind: len(packed) for kind, (_, packed) in streams.items()}
         | {"header": len(head) + ARTIFACT_PREAMBLE.size},
-        raw={kind: len(data) for kind, data in raw.items()} | {"header": len(text.encode()) + ARTIFACT_PREAMBLE.size},
         forms={kind: form for kind, (form, _) in streams.items()},
     )
 
@@ -379,7 +378,7 @@ def scale_bits(columns: int) -> float:
 def predicted_size(shapes: dict[str, tuple[int, ...]], rules: dict[str, StorageRule]) -> dict[str, float]:
     """role → bytes of a model with Gaussian rows under these rules, before it exists; "(header)" is one of them.
 
-    For the smallest codec, which at these entropies is brotli. Spec section 4.6.
+    For the smallest codec, which at these entropies is brotli. Golf spec section 4.6.
     """
     sizes = defaultdict(float)
     for name, shape in shapes.items():
@@ -433,7 +432,7 @@ def solve_clip_sigmas(
     adjustable: names of the matrices whose clip is moved; all others keep their rule.
     target_bytes: for the file; leave ARTIFACT_RESERVE_BYTES for what GPTQ changes.
     The file at k has at most target_bytes, and at least 1 − tolerance of them unless k is `lowest`.
-    Raises UserError when even `highest` is too large. Spec section 4.6.
+    Raises UserError when even `highest` is too large. Golf spec section 4.6.
     """
     weights = sum(state[name].numel() for name in adjustable)
     if not weights:
@@ -491,7 +490,7 @@ def largest_that_fits(
     code_bytes: int,
     limit_bytes: int = ARTIFACT_LIMIT_BYTES,
 ) -> tuple[str, list[dict]]:
-    """The label of the candidate to train, and a row for each: label, parameters, bytes (predicted), fits, bits_each.
+    """The label of the candidate to train, and a row for each: label, parameters, bytes (predicted), fits.
 
     candidates: (label, shapes, rules) as for `predicted_size`. Among equally many parameters the more precise wins,
     by predicted bytes. Raises UserError when none fits.
@@ -499,9 +498,7 @@ def largest_that_fits(
     room, rows = limit_bytes - code_bytes - ARTIFACT_RESERVE_BYTES, []
     for label, shapes, rules in candidates:
         size, parameters = sum(predicted_size(shapes, rules).values()), sum(map(math.prod, shapes.values()))
-        rows.append(
-            dict(label=label, parameters=parameters, bytes=size, bits_each=8 * size / parameters, fits=size <= room)
-        )
+        rows.append(dict(label=label, parameters=parameters, bytes=size, fits=size <= room))
     fitting = [row for row in rows if row["fits"]]
     if not fitting:
         smallest = min(rows, key=lambda row: row["bytes"])

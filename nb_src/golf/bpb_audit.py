@@ -192,7 +192,7 @@ FROZEN_STREAMS = {
 
 
 def audit_frozen_set(variant: str, tokens: np.ndarray, tables: ByteTables) -> list[AuditFinding]:
-    """Whether a validation stream is the one of the published scores. Spec section 1.5."""
+    """Whether a validation stream is the one of the published scores. Golf spec section 1.5."""
     n_documents = len(document_starts(tokens))
     same_size = n_documents == FROZEN_DOCUMENTS
     findings = [

@@ -159,7 +159,7 @@ CODEC_TABLE_CASES = ((6, 2.5), (6, 4.0), (6, 6.0), (6, 12.85), (8, 20.0))
 def codec_table(cases=CODEC_TABLE_CASES, rows: int = 256, columns: int = 1024, seed: int = 0) -> list[dict]:
     """One dict for each (bits, k): bits, k, entropy, the bits per weight of every codec, dense, relative_error.
 
-    dense: 6-bit packing + zlib, None for other widths. Spec section 4.6.
+    dense: 6-bit packing + zlib, None for other widths. Golf spec section 4.6.
     """
     weight = np.random.default_rng(seed).standard_normal((rows, columns))
     table = []

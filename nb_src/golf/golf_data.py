@@ -7,7 +7,7 @@
 #
 # There are three ways to such a folder, and all end in the same layout: download what others have exported, export
 # documents of your own, or, without a network, export the documentation that is installed on this machine. The last
-# takes seconds and is what the notebooks do unless told otherwise.
+# takes seconds and is what the notebooks do on a CPU unless told otherwise.
 
 # %%
 import hashlib
@@ -257,7 +257,7 @@ def positive_setting(name: str, default: int) -> int:
 
 
 def export_shards(documents_path, tokenizer, folder, num_val_docs: int, shard_tokens: int = SHARD_TOKENS) -> dict:
-    """Write the shards of all documents; returns the counts for the manifest. Spec sections 1.1 and 1.3."""
+    """Write the shards of all documents; returns the counts for the manifest. Golf spec sections 1.1 and 1.3."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("fineweb_*.bin"):
@@ -306,8 +306,8 @@ def export_shards(documents_path, tokenizer, folder, num_val_docs: int, shard_to
 # ### `export_golf_data`
 # Train each tokenizer, write its shards, and at the very end the manifest: where there is one, all is there.
 #
-# As in the original, tokenizers learn from the documents in their order, those for validation included. That lets a
-# published tokenizer be trained again; a tokenizer is not counted and holds words, not sentences.
+# As in the challenge's exporter, tokenizers learn from the documents in their order, those for validation included.
+# That lets a published tokenizer be trained again; a tokenizer is not counted and holds words, not sentences.
 
 
 # %%
@@ -329,7 +329,7 @@ def export_golf_data(
 ) -> dict:  # fmt: skip
     """Tokenizers, shards and `manifest.json` from the `docs_selected.jsonl` in `folder`; returns the manifest.
 
-    num_val_docs: None takes the sidecar's, else 50,000. remote_*: where the documents came from. Spec section 1.3.
+    num_val_docs: None takes the sidecar's, else 50,000. remote_*: where the documents came from. Golf spec section 1.3.
     Raises UserError, before any work when the documents are not those that the sidecar describes.
     """
     folder = Path(folder)
@@ -565,7 +565,7 @@ def download_golf_data(
 
     train_shards: −1 means 80, or all when there are fewer. folder: where to (default: one for each repository, in the
     base directory). skip_manifest: use the one that is there. with_docs: the documents too, which are larger than all
-    shards together. Files that are good already are kept. Spec section 1.4.
+    shards together. Files that are good already are kept. Golf spec section 1.4.
     Raises UserError, for too many shards before anything large is fetched.
     """
     repository = golf_repository(variant)

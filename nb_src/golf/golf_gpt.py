@@ -66,7 +66,7 @@ class GolfConfig(GolfShape):
 
 # %% [markdown]
 # ### Small parts
-# The rotation turns each half-pair of channels by an angle that grows with the position. `last_positions` serves
+# The rotation turns pairs of channels, i and i + R/2, by an angle that grows with the position. `last_positions` serves
 # scoring: a sliding window needs the predictions at its end only, so the last block computes no others.
 
 
@@ -116,7 +116,7 @@ def rotate_half_pairs(x, cos, sin):  # x (B, H, T, D); cos and sin (T, R/2) fp32
 
 # %%
 class RotaryTables(nn.Module):
-    """cos and sin of position times frequency, (max_seq_len, D/2) fp32 whatever the model is cast to. Golf spec 6 #1.
+    """cos and sin of position times frequency, (max_seq_len, D/2) fp32 whatever the model is cast to. Golf spec 6.
 
     bf16_rope repeats the rounding of the published script under torch.compile (run eagerly it rounds the angles too).
     """

@@ -45,12 +45,12 @@ class GolfLog:
 
 # %% [markdown]
 # ### The lines
-# Golf spec section 2.6, word for word where the original has them.
+# Word for word those of the challenge's own script, where it has them.
 
 
 # %%
 def golf_header_lines(params: dict, data, val_tokens: int, model, world_size: int, accumulation: int) -> list[str]:
-    """What is known before the first step. data: GolfData. val_tokens: targets of the validation stream."""
+    """What is known before the first step. data: GolfData. val_tokens: targets of it. Golf spec section 2.6."""
     kind = "byte" if data.tokenizer_path.endswith(".json") else "sentencepiece"
     tied = bool(params.get("tie_embeddings", 1))  # the second system knows no other
     rate = params["tied_embed_lr"] if tied and "tied_embed_lr" in params else params["embed_lr"]
@@ -70,8 +70,7 @@ def golf_header_lines(params: dict, data, val_tokens: int, model, world_size: in
         "sdp_backends:" + " ".join(f"{name}={on}" for name, on in backends.items()),
         f"attention_mode:gqa num_heads:{params['num_heads']} num_kv_heads:{params['num_kv_heads']}",
         f"tie_embeddings:{tied} embed_lr:{rate} head_lr:{0.0 if tied else params['head_lr']} "
-        f"matrix_lr:{params['matrix_lr']} "
-        f"scalar_lr:{params['scalar_lr']}",
+        f"matrix_lr:{params['matrix_lr']} scalar_lr:{params['scalar_lr']}",
         f"train_batch_tokens:{params['train_batch_tokens']} train_seq_len:{params['train_seq_len']} "
         f"iterations:{params['iterations']} warmup_steps:{params['warmup_steps']} "
         f"max_wallclock_seconds:{params['max_wallclock_seconds']:.3f}",

@@ -1,10 +1,11 @@
 # %% [markdown]
 # ## Golf optimizers
 #
-# The matrices inside the blocks get the first form of Muon: Nesterov momentum, five Newton–Schulz steps, nothing else.
-# System B adds a row normaliser in front (MuonEq-R) and weight decay. Embedding, gains and mixes get Adam, the same
-# kernel that trains nanochat. Toward the end an average of the weights is kept beside them, because the average of many
-# late weights is better than the last.
+# The matrices inside the blocks get the first form of Muon: Nesterov momentum, then five Newton–Schulz steps, which
+# turn the update into a nearly orthogonal matrix, and nothing else. The second system first gives every row of the
+# update the same length (MuonEq-R), and it adds weight decay. Embedding, gains and mixes get Adam, the same kernel that
+# trains nanochat. The second system also averages its late weights: the average of many is usually better than the
+# last.
 #
 # With several processes each orthogonalises its share of the matrices and sends the result to the others. Everything
 # else is done by all of them alike, so that their weights stay the same to the last bit.

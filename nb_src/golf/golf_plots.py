@@ -19,18 +19,15 @@ from golf.golf_settings import ARTIFACT_LIMIT_BYTES
 from nanochat.plots import PLOT_BLUE, PLOT_GREEN, PLOT_INK, PLOT_LINE, PLOT_ORANGE, PLOT_RED, PLOT_SKY, PLOT_STYLE
 
 # %% [markdown]
-# ### The published runs
-# Validation points for the live chart. The logs give nats per token; how many bytes a token covers depends on the text
-# of the validation set, and the first baseline log used an earlier set than all later ones. So compare the bits per
-# byte of the two only roughly.
-#
-# The record has three seeds, none with all points. Where seed 1337 has none, the point is of seed 1339, whose steps
-# took nearly as long, so that its learning rate began to fall at about the same step.
+# ### The published run
+# Validation points for the live chart, from the logs of the record "Training Opt Seq4096 v1" in openai/parameter-golf.
+# It has three seeds, none with all points. Where seed 1337 has none, the point is of seed 1339, whose steps took nearly
+# as long, so that its learning rate began to fall at about the same step.
 
 
 # %%
 def golf_reference(name: str, nats: dict[int, float], bytes_per_token: float) -> dict:
-    """A reference for `LiveChart` out of validation losses: step → nats per token."""
+    """A reference for `LiveChart` out of validation losses: step → nats per token. Golf spec section 3.2."""
     return {
         "name": name,
         "loss": {},
@@ -38,7 +35,6 @@ def golf_reference(name: str, nats: dict[int, float], bytes_per_token: float) ->
     }
 
 
-# spec section 3.2
 RECORD_A_REFERENCE = golf_reference(
     "the record",
     {
@@ -47,13 +43,6 @@ RECORD_A_REFERENCE = golf_reference(
     },
     bytes_per_token=2.43593,
 )  # fmt: skip
-
-# spec section 2.8
-BASELINE_REFERENCE = golf_reference(
-    "the baseline",
-    {0: 6.9370, 200: 2.8397, 1000: 2.3370, 5000: 2.1532, 10000: 2.1122, 13000: 2.0859, 13780: 2.0606},
-    bytes_per_token=2.44230,
-)
 
 # %% [markdown]
 # ### `plot_golf_schedule`
@@ -88,7 +77,7 @@ def plot_golf_schedule(points) -> Figure:
 
 # %% [markdown]
 # ### `plot_sizes`
-# One bar is the whole file and the red line is the end of the world. Labels that would overlap are moved apart and
+# One bar is the whole file and the red line is the limit. Labels that would overlap are moved apart and
 # keep a line to their part.
 
 

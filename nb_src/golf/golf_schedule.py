@@ -20,7 +20,7 @@ from nanochat.runtime import is_ddp_initialized
 
 # %% [markdown]
 # ### `golf_lr_multiplier`
-# The published rule, and its newer form in fractions of the run.
+# The rule of the challenge's script, and that of later records, in fractions of the run.
 
 
 # %%
@@ -45,9 +45,9 @@ def golf_progress(step: int, iterations: int, elapsed_ms: float = 0.0, cap_ms: f
     return min(1.0, max(step / iterations, 0.0 if cap_ms is None else elapsed_ms / cap_ms))
 
 
-def progress_lr_multiplier(progress: float, warmdown_fraction: float, min_lr: float = 0.0) -> float:
-    """1, then down to min_lr in a straight line over the last warmdown_fraction of the run. Golf spec section 7."""
-    return 1.0 if progress < 1 - warmdown_fraction else max((1 - progress) / max(warmdown_fraction, 1e-9), min_lr)
+def progress_lr_multiplier(progress: float, warmdown_fraction: float) -> float:
+    """1, then down to 0 in a straight line over the last warmdown_fraction of the run. Golf spec section 7."""
+    return 1.0 if progress < 1 - warmdown_fraction else (1 - progress) / max(warmdown_fraction, 1e-9)
 
 
 def golf_muon_momentum(step: int, start: float = 0.85, final: float = 0.95, warmup_steps: int = 500) -> float:

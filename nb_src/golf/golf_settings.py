@@ -27,9 +27,8 @@ ARTIFACT_LIMIT_BYTES = 16_000_000  # decimal, the script included
 
 GOLF_BASELINE = dict(
     preset="auto", base_dir="", device_type="", device_batch_tokens=0,
-    data_source="hub", variant="sp1024", train_shards=80, data_path="",
-    tokenizer_path="", run_id="", seed=1337, torch_compile=1, save_every=0, evaluate="", skip="",
-    author="unnamed", github_id="unnamed",
+    data_source="hub", variant="sp1024", train_shards=80, data_path="", tokenizer_path="", run_id="", seed=1337,
+    torch_compile=1, save_every=0, evaluate="", skip="", author="unnamed", github_id="unnamed",
     val_batch_size=524_288, val_loss_every=1000, train_log_every=200, iterations=20_000, warmdown_iters=1200,
     warmup_steps=20, train_batch_tokens=524_288, train_seq_len=1024, max_wallclock_seconds=600.0,
     vocab_size=1024, num_layers=9, model_dim=512, num_heads=8, num_kv_heads=4, mlp_mult=2, tie_embeddings=1,
@@ -68,8 +67,9 @@ SEQ4096_PRESETS = {
 
 # %% [markdown]
 # ### `RECURRENT_PRESETS`
-# The second system. `h100` holds the values of its text where they can work, and those of the records where the text
-# is silent; `cpu` the same program in small, with an artifact limit of its own, so that the size solver has to choose.
+# The second system. `h100` holds the values that the draft of its design names where they can work, and those of the
+# leaderboard's records where it names none; `looped` those of the records for a model that repeats only its middle;
+# `cpu` the same program in small, with an artifact limit of its own, so that there is something to solve for.
 
 # %%
 RECURRENT_DEFAULTS = GOLF_BASELINE | dict(
@@ -78,8 +78,7 @@ RECURRENT_DEFAULTS = GOLF_BASELINE | dict(
     num_eval_recurrences=0, train_recurrences="", iteration_embeddings=1, parallel_residuals=1,
     num_layers=11, loop_start=3, loop_end=5, num_loops=2, enable_looping_at=0.35, parallel_residual_start=7,
     rope_dims=16, warmdown_iters=3500, warmdown_fraction=0.7, embed_lr=0.05, embed_wd=0.085, adam_wd=0.02,
-    muon_weight_decay=0.09,
-    equalise_rows=1, grad_clip_norm=0.3, swa_start_frac=0.4, ema_decay=0.997,
+    muon_weight_decay=0.09, equalise_rows=1, grad_clip_norm=0.3, swa_start_frac=0.4, ema_decay=0.997,
     gptq_bits=6, gptq_group_size=128, gptq_calibration_batches=64, gptq_damp=0.01, gptq_reserve_seconds=12.0,
     matrix_clip_sigmas=0.0, embed_bits=8, embed_clip_sigmas=20.0, keep_float_numel=65_536, compressor="auto",
     artifact_limit_bytes=ARTIFACT_LIMIT_BYTES, sw_seq_len=1024, sw_stride=64,
@@ -93,7 +92,7 @@ for unused in ("tied_embed_lr", "head_lr", "tie_embeddings", "int8_keep_float_fp
     del RECURRENT_DEFAULTS[unused]
 RECURRENT_PRESETS = {
     "h100": RECURRENT_DEFAULTS,
-    "looped": RECURRENT_DEFAULTS | dict(  # variant B2, as far as the records tell their settings
+    "looped": RECURRENT_DEFAULTS | dict(
         architecture="looped", model_dim=512, num_heads=8, train_seq_len=2048, sw_seq_len=2048, ttt_eval_seq_len=2048,
         train_batch_tokens=786_432, embed_lr=0.03, matrix_lr=0.02, scalar_lr=0.02, muon_weight_decay=0.085,
         muon_momentum=0.99, muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=1500,
@@ -116,12 +115,11 @@ RECURRENT_PRESETS = {
 # %%
 MAY_BE_ZERO_IN_GOLF = {
     "seed", "torch_compile", "save_every", "device_batch_tokens", "val_loss_every", "warmdown_iters", "warmup_steps",
-    "max_wallclock_seconds",
-    "tie_embeddings", "bf16_rope", "muon_momentum", "muon_momentum_warmup_start", "muon_momentum_warmup_steps",
-    "grad_clip_norm", "int8_original_floor", "beta1", "beta2", "model_dim", "num_eval_recurrences",
-    "iteration_embeddings", "parallel_residuals", "loop_start", "num_loops", "enable_looping_at",
-    "parallel_residual_start", "warmdown_fraction", "embed_wd", "adam_wd", "muon_weight_decay", "equalise_rows",
-    "swa_start_frac", "matrix_clip_sigmas", "gptq_reserve_seconds", "ttt_momentum", "ablation_steps",
+    "max_wallclock_seconds", "tie_embeddings", "bf16_rope", "muon_momentum", "muon_momentum_warmup_start",
+    "muon_momentum_warmup_steps", "grad_clip_norm", "int8_original_floor", "beta1", "beta2", "model_dim",
+    "num_eval_recurrences", "iteration_embeddings", "parallel_residuals", "loop_start", "num_loops",
+    "enable_looping_at", "parallel_residual_start", "warmdown_fraction", "embed_wd", "adam_wd", "muon_weight_decay",
+    "equalise_rows", "swa_start_frac", "matrix_clip_sigmas", "gptq_reserve_seconds", "ttt_momentum", "ablation_steps",
 }  # fmt: skip
 
 
@@ -224,8 +222,7 @@ def golf_accumulation_steps(world_size: int) -> int:
 # %%
 OPEN_PARAMETERS = {
     "base_dir", "device_type", "device_batch_tokens", "data_path", "tokenizer_path", "run_id", "seed", "evaluate",
-    "skip", "author",
-    "github_id",
+    "skip", "author", "github_id",
 }  # fmt: skip
 
 

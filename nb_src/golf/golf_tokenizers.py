@@ -3,8 +3,9 @@
 #
 # The score is the number of bits that the model needs for each *byte* of text, so somebody has to say how many bytes
 # every token stands for. That sounds like bookkeeping, and it moves scores more than any idea does: count the space
-# before a word twice, and there are 17.5 % more bytes to share the same bits (pull request 1734 of the challenge). Here
-# it is done once, for both kinds of tokenizer that the challenge knows, and the auditor compares it with the text.
+# before a word twice, and there are 17.5 % more bytes to share the same bits (pull request 1734 of
+# openai/parameter-golf). Here it is done once, for both kinds of tokenizer that the challenge knows, and the auditor
+# compares it with the text.
 #
 # SentencePiece learns its pieces from text and writes the space as `▁`, in front of the word it belongs to. What it
 # has no piece for it spells in bytes, so no text is lost. The byte tokenizer has nothing to learn: one token for each
@@ -42,7 +43,7 @@ def encodable_text(text: str) -> str:
 
 
 class ByteTokenizer:
-    """`byte260`: byte b is token b + 4. Spec section 1.2."""
+    """`byte260`: byte b is token b + 4. Golf spec section 1.2."""
 
     kind = "byte"
     vocab_size = BYTE_OFFSET + 256
@@ -78,7 +79,7 @@ class ByteTokenizer:
 
 # %%
 class SentencePieceTokenizer:
-    """A trained model, given as the bytes of its file. name: for messages. Spec section 1.2. Raises UserError."""
+    """A trained model, given as the bytes of its file. name: for messages. Golf spec section 1.2. Raises UserError."""
 
     kind = "sentencepiece_bpe"
 
@@ -182,14 +183,14 @@ def load_golf_tokenizer(path, vocab_size: int | None = None) -> SentencePieceTok
 
 
 # %% [markdown]
-# ### Specs
-# A list of tokenizers to make, as the challenge's exporter reads it.
+# ### `TokenizerSpec`
+# What tokenizers to make, in the JSON that the challenge's exporter reads.
 
 
 # %%
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """One entry of a spec file. What is None takes the challenge's value. Spec section 1.2. Raises UserError."""
+    """One entry of a spec file. What is None takes the challenge's value. Golf spec section 1.2. Raises UserError."""
 
     name: str = ""
     dataset_suffix: str = ""
@@ -234,9 +235,6 @@ class TokenizerSpec:
         """The entry without what has no value, for spec files and manifests."""
         unused = {"filename"} if self.kind != "byte" else {"model_prefix"}
         return {key: value for key, value in asdict(self).items() if key not in unused and value not in (None, "", {})}
-
-
-DEFAULT_TOKENIZER_SPEC = TokenizerSpec(name="sp_bpe_1024", dataset_suffix="sp1024", vocab_size=1024)
 
 
 def parse_tokenizer_specs(content, origin: str = "the tokenizer specs") -> list[TokenizerSpec]:
@@ -304,7 +302,7 @@ STREAM_PIECE = 2**22  # tokens at a time: the temporary tables of a whole stream
 
 
 class ByteTables(NamedTuple):
-    """base_bytes: (V,) int16. has_leading_space, is_boundary: (V,) bool. Spec section 1.5."""
+    """base_bytes: (V,) int16. has_leading_space, is_boundary: (V,) bool. Golf spec section 1.5."""
 
     base_bytes: torch.Tensor
     has_leading_space: torch.Tensor
@@ -334,7 +332,7 @@ class ByteTables(NamedTuple):
 def build_byte_tables(
     tokenizer: SentencePieceTokenizer | ByteTokenizer, vocab_size: int | None = None, device="cpu"
 ) -> ByteTables:
-    """The tables of a tokenizer for ids up to the larger of its vocabulary and `vocab_size`. Spec section 1.5."""
+    """The tables of a tokenizer for ids up to the larger of its vocabulary and `vocab_size`. Golf spec section 1.5."""
     size = max(tokenizer.vocab_size, vocab_size or 0)
     base = torch.zeros(size, dtype=torch.int16)
     space, boundary = torch.zeros(size, dtype=torch.bool), torch.ones(size, dtype=torch.bool)

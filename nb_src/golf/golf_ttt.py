@@ -5,9 +5,9 @@
 # as long as it only ever scores what it has not yet seen: score first, then train, and never go back.
 #
 # There are two ways. The first reads the text as one long stream: it scores a chunk, takes a few steps of gradient
-# descent on it, and keeps what it learned for all that follows. The second takes every document for itself: small
-# adapters, new for each document, learn while it is read and are thrown away at its end. Documents do not know of each
-# other then, so many are read side by side.
+# descent (SGD) on it, and keeps what it learned for all that follows. The second takes every document for itself: small
+# adapters (LoRA: low-rank additions to a few matrices), new for each document, learn while it is read and are thrown
+# away at its end. Documents do not know of each other then, so many are read side by side.
 #
 # Target t means: predict token t + 1 from tokens 0 to t.
 

@@ -3,11 +3,14 @@
 #
 # Rounding every weight to its nearest level is the best one can do for the weights, and not for the model. What counts
 # is the layer's output, and inputs are correlated: if one weight was rounded up, a neighbour that sees nearly the same
-# input can be rounded down and make up for it. GPTQ goes through the columns one by one, rounds, and moves the error
-# on to the columns that are still to come, in the amounts that the correlations say.
+# input can be rounded down and make up for it. GPTQ ([arXiv 2210.17323](https://arxiv.org/abs/2210.17323)) goes through
+# the columns one by one, rounds, and moves the error on to the columns that are still to come, in the amounts that the
+# correlations say.
 #
-# The correlations are a matrix XᵀX per layer, the Hessian, collected while the trained model reads some *training*
-# tokens. It is a promise of this chapter, kept row by row, that the result is never worse than plain rounding.
+# The correlations are a matrix XᵀX for each layer with inputs X, collected while the trained model reads some
+# *training* tokens. It is called the Hessian, because up to a factor it is the second derivative of the output's
+# squared error with respect to the weights. It is a promise of this chapter, kept row by row, that the result is never
+# worse than plain rounding.
 
 # %%
 import math
@@ -93,9 +96,10 @@ class HessianSums:
 
 # %% [markdown]
 # ### SDClip: the size of a step
-# The scale of a row is a multiple of its spread instead of its largest weight. The multiple k trades precision against
-# size: the levels reach k standard deviations out, and what is beyond is clipped. A scale is rounded to the fp16 number
-# that is stored *before* anything is divided by it.
+# The records clip by the standard deviation and call that SDClip: the scale of a row is a multiple of its spread
+# instead of its largest weight. The multiple k trades precision against size: the levels reach k standard deviations
+# out, and what is beyond is clipped. A scale is rounded to the fp16 number that is stored *before* anything is divided
+# by it.
 
 
 # %%
@@ -105,7 +109,7 @@ def largest_code(bits: int) -> int:
 
 
 def sdclip_scales(weight: torch.Tensor, sigmas: float, bits: int) -> torch.Tensor:
-    """(rows,) fp16 scales sigmas·σ/q of a matrix; σ is the root mean square of the row. Spec section 4.6.
+    """(rows,) fp16 scales sigmas·σ/q of a matrix; σ is the root mean square of the row. Golf spec section 4.6.
 
     Never below the smallest normal fp16, which would round to nothing; 1 for a row of zeros.
     """
@@ -173,7 +177,7 @@ def gptq_codes(
     """int8 codes (rows, columns) for a matrix with inputs of this Hessian (columns, columns) and these fp16 scales.
 
     The output error of every row is at most that of `nearest_codes`. Plain rounding, with a RuntimeWarning, when the
-    Hessian cannot be inverted. Computes in fp64. Spec section 4.6.
+    Hessian cannot be inverted. Computes in fp64. Golf spec section 4.6.
     """
     if hessian.shape != (weight.shape[1], weight.shape[1]):
         raise ValueError(f"a matrix with {weight.shape[1]} columns cannot have a Hessian {list(hessian.shape)}")
@@ -253,7 +257,7 @@ def storage_rules(
     """name → rule, from names and shapes alone, so it can be asked before there is a model.
 
     keep_numel: a tensor of at most so many elements stays fp16. A tiny model needs a smaller one than the default.
-    Raises UserError for widths that int8 codes cannot hold. Spec section 4.6.
+    Raises UserError for widths that int8 codes cannot hold. Golf spec section 4.6.
     """
     for rule in (matrix, embedding):
         if not 2 <= rule.bits <= 8 or not rule.sigmas > 0:

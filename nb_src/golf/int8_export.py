@@ -5,9 +5,10 @@
 # plain steps: each row of a large matrix becomes integers from −127 to 127 with one scale, and zlib takes what is
 # left. What is small is not worth rounding and stays a float.
 #
-# The file is the original's, to the byte: a model saved there is read here and the other way round. One thing of the
-# original is a switch and off: it never lets a scale fall below 1/127, so a row of weights around 0.02 keeps 25 of
-# its 255 levels. That also makes the file smaller, which is why the size has to be looked at again without it.
+# The file is that of the challenge's own script, to the byte: a model saved there is read here and the other way round.
+# One thing of that script, the original, is optional here: it never lets a scale fall below 1/127, so a row of weights
+# around 0.02 keeps 25 of its 255 levels. That also makes the file smaller, which is why the size has to be looked at
+# again without it.
 
 # %%
 import io
@@ -36,7 +37,7 @@ def int8_codes(weight: torch.Tensor, original_floor: bool = False) -> tuple[torc
     """Codes (int8, the shape of `weight`) and scales: (rows,) fp16 for a matrix, one fp32 number for anything else.
 
     original_floor: no row scale below 1/127, to reproduce files of the original. Otherwise the floor is the smallest
-    normal fp16, which only keeps the scale of an empty row from being zero. Spec sections 2.7 and 6 (2).
+    normal fp16, which only keeps the scale of an empty row from being zero. Golf spec sections 2.7 and 6 (2).
     """
     weight = weight.float()
     if weight.ndim != 2:
@@ -68,7 +69,7 @@ def quantize_state_dict_int8(
 
     control_patterns: a small tensor whose name contains one of these is stored in fp32.
     Sizes: parameters, tensors, float_bytes (of `state` itself), payload_bytes (of the codes, scales and kept tensors).
-    Raises UserError for a tensor with values that are not finite. Spec section 2.7.
+    Raises UserError for a tensor with values that are not finite. Golf spec section 2.7.
     """
     quantized, scales, dtypes, passthrough, qmeta, original_dtypes = {}, {}, {}, {}, {}, {}
     for name, tensor in state.items():
@@ -204,7 +205,7 @@ def export_int8(
 
     floors: original_floor of `int8_codes`, in the order in which to try; the first whose file fits is taken.
     Every rank must call it; only rank 0 writes and gets sizes, the others get None. Raises UserError when nothing fits.
-    Spec sections 2.7 and 6 (2).
+    Golf spec sections 2.7 and 6 (2).
     """
     folder, sizes = Path(folder), None
     if get_dist_info()[1] == 0:

@@ -3,7 +3,8 @@
 #
 # A scorer that trains while it scores can cheat in many ways, most of them by accident: a mask that lets one token of
 # the future through, a step taken a moment too early, a target counted twice. Each of them makes a better score. So the
-# four rules of the challenge are not argued about here but tried out, on the complete scorer with all its training:
+# four rules of the challenge (issue 1017 of openai/parameter-golf) are not argued about here but tried out, on the
+# complete scorer with all its training:
 #
 # 1. The distribution for target t depends on tokens 0 to t only. So replace everything after token t by other text, and
 #    nothing up to there may move: no earlier score, and not one probability of target t.

@@ -36,7 +36,7 @@ from nanochat.runtime import UserError
 # %%
 @dataclass(frozen=True)
 class LoopedConfig(GolfShape):
-    """Shape of the partly looped model, variant B2. Golf spec sections 4.3 and 7."""
+    """Shape of the partly looped model. Golf spec sections 4.3 (variant B2) and 7."""
 
     vocab_size: int = 8192
     mlp_mult: int = 4
@@ -51,7 +51,7 @@ class LoopedConfig(GolfShape):
     rope_dims: int = 16  # channels of a head that are rotated; the others know nothing of positions
     scale_norms: bool = True  # deeper layers read a quieter stream, 1/√(layer + 1)
     gated_skips: bool = True  # a learned mixture of stream and skip instead of a sum
-    exclude_own_value: bool = True  # XSA: a head does not repeat what its own token says
+    exclude_own_value: bool = True  # XSA in the records: a head does not repeat what its own token says
 
     def __post_init__(self):
         super().__post_init__()
@@ -147,7 +147,6 @@ class LoopedGPT(GolfModel):
     def __init__(self, config: LoopedConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__(config, compute_dtype)
         self.blocks = nn.ModuleList(LoopedBlock(config, layer) for layer in range(config.num_layers))
-        self.looped_layers = range(config.loop_start, config.loop_end + 1)
         skips = len(config.layer_order()) // 2
         self.skip_weights = nn.Parameter(torch.ones(skips, config.model_dim))
         self.skip_gates = nn.Parameter(torch.zeros(skips, config.model_dim)) if config.gated_skips else None

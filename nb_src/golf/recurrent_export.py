@@ -4,7 +4,7 @@
 # Three decisions stand between a trained model and the file that is handed in, and all three are made by measuring.
 # Which directions do a layer's inputs really take? Some *training* tokens are run through the model to find out. How
 # coarse may the matrices be? As fine as the limit of bytes allows. And how wide may the model be in the first place?
-# That is asked before the training, with a model of the size instead of a model.
+# That is asked before the training, with a formula for the size instead of a model.
 
 # %%
 import math

@@ -7,7 +7,7 @@
 #
 # A looped model must be told how often to loop, and it should be asked the question it was trained on. The depth is
 # therefore an argument of every forward pass, and by default the same in training and evaluation. Running it deeper
-# than it was trained is an experiment that the notebook shows, not free test-time compute.
+# than it was trained is an experiment that the notebook shows, not a free gain.
 
 # %%
 import random
@@ -71,7 +71,6 @@ class RecurrentGPT(GolfModel):
         super().__init__(config, compute_dtype)
         block = ParallelBlock if config.parallel_residuals else GolfBlock
         self.blocks = nn.ModuleList(block(config) for _ in range(config.num_unique_layers))
-        self.looped_layers = range(config.num_unique_layers)
         rounds = config.num_recurrences if config.iteration_embeddings else 0
         self.iter_embed = nn.Parameter(torch.zeros(rounds, config.model_dim)) if rounds else None
         self.depth = config.num_recurrences  # rounds of a forward pass that does not say how many

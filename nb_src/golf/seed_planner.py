@@ -116,7 +116,7 @@ def mean_and_varying_sd(values) -> tuple[float, float]:
 
 
 def one_sample_test(values, reference: float, unit: str = "nats", name: str = "one sample") -> TTest:
-    """Is the mean of `values` below `reference`? One-sided, n - 1 degrees of freedom. Spec section 3.3."""
+    """Is the mean of `values` below `reference`? One-sided, n - 1 degrees of freedom. Golf spec section 3.3."""
     mean, sd = mean_and_varying_sd(values)
     n = len(values)
     t = (reference - mean) / (sd / math.sqrt(n))
@@ -193,7 +193,8 @@ def significance_table(results, previous, trained_seeds=None) -> tuple[list[TTes
 
     Nats decide, as the rule says, unless the record has other tokens. results, previous: lists of SeedResult; a single
     previous result is taken as an exact number.
-    trained_seeds: all seeds that were trained; UserError when `results` is a choice among them. Spec sections 0.1, 8.
+    trained_seeds: all seeds that were trained; UserError when `results` is a choice among them.
+    Golf spec sections 0.1, 8.
     """
     bytes_per_token = refuse_mixed_results(results, "our results")
     previous_ratio = refuse_mixed_results(previous, "the record's results")
@@ -232,7 +233,7 @@ def significance_table(results, previous, trained_seeds=None) -> tuple[list[TTes
 
 # %%
 def slack_needed(n: int, p: float = RECORD_P) -> float:
-    """How many standard deviations beyond the margin n seeds have to be, e.g. 4.02 for three. Spec section 8."""
+    """How many standard deviations beyond the margin n seeds have to be, e.g. 4.02 for three. Golf spec section 8."""
     return student_t_critical(p, n - 1) / math.sqrt(n)
 
 
@@ -240,7 +241,7 @@ def seeds_needed(effect: float, sd: float, p: float = RECORD_P, margin: float = 
     """The smallest n with slack_needed(n) * sd <= effect - margin.
 
     effect: how far below the record the mean is expected. All in one unit, nats unless margin is converted too.
-    Raises UserError when no number of seeds up to 1,000 is enough. Spec section 8, check 11.
+    Raises UserError when no number of seeds up to 1,000 is enough. Golf spec section 8, check 11.
     """
     if not sd > 0:
         raise UserError(f"sd is {sd}, but runs scatter: give a standard deviation above 0.")

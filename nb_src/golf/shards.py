@@ -29,7 +29,7 @@ SHARD_TOKENS = 100_000_000
 
 
 def write_token_shard(path, tokens) -> None:
-    """Write one shard. tokens: (n,) integers of 0 to 65,535, n < 2^31. Spec section 1.1. Raises UserError."""
+    """Write one shard. tokens: (n,) integers of 0 to 65,535, n < 2^31. Golf spec section 1.1. Raises UserError."""
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"{path}: a shard holds one row of integers, not {tokens.dtype} of shape {tokens.shape}.")
@@ -158,7 +158,7 @@ def slice_tokens(batch_tokens: int, seq_len: int, slices: int) -> int:
 class DistributedTokenLoader:
     """Batches for one rank, from the start of the stream. `position` is all its state: set it to go on from there.
 
-    stream: a TokenStream, the same on every rank. Spec section 2.5.
+    stream: a TokenStream, the same on every rank. Golf spec section 2.5.
     """
 
     def __init__(self, stream: TokenStream, rank: int = 0, world_size: int = 1, device="cpu"):

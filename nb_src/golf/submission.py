@@ -281,7 +281,7 @@ def write_submission(
     runs: folders, one for each seed that was trained, each with train.log, train_gpt.py and the artifact.
     hyperparameters: every one, with the value that took effect. requirements: lines of requirements.txt. compliance:
     what the author vouches for. previous: SeedResult list of the record to beat. Raises UserError with all faults when
-    something is missing, contradicts a log, or is over the limit. Only rank 0 writes. Spec sections 0.1, 3.4.
+    something is missing, contradicts a log, or is over the limit. Only rank 0 writes. Golf spec sections 0.1, 3.4.
     """
     final = Path(root) / "records" / card.track / f"{card.date}_{card.folder}"
     if get_dist_info()[1] != 0:

@@ -67,8 +67,8 @@ def test_progress_and_its_multiplier():
     assert golf_progress(999, 1000, 61_000, 60_000) == 1.0
     # a trial of 100 steps within an hour: by the clock alone its rate never falls and its average never begins
     assert golf_progress(99, 100, 5_000, 3_600_000) == 0.99
-    values = [progress_lr_multiplier(p, 0.75, 0.1) for p in (0, 0.2, 0.25, 0.625, 1.0)]
-    assert values == pytest.approx([1, 1, 1, 0.5, 0.1])
+    values = [progress_lr_multiplier(p, 0.75) for p in (0, 0.2, 0.25, 0.625, 1.0)]
+    assert values == pytest.approx([1, 1, 1, 0.5, 0])
     assert progress_lr_multiplier(1.0, 0.0) == 0.0 and progress_lr_multiplier(0.99, 0.0) == 1.0
 
 
