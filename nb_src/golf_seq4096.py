@@ -238,6 +238,7 @@ else:
     # the preset counts the shards of the hub; from another source take all, unless a number was given
     shards = params["train_shards"] if params["data_source"] == "hub" or "train_shards" in given else -1
     data = prepare_golf_data(params["data_source"], params["variant"], shards)
+params["train_shards"] = len(data.train_files) or params["train_shards"]  # as many as there are
 tokenizer = load_golf_tokenizer(data.tokenizer_path, params["vocab_size"])
 tables_device = torch.device("cpu") if device.type == "mps" else device  # the sums are fp64, which mps lacks
 byte_tables = build_byte_tables(tokenizer, params["vocab_size"], tables_device)
@@ -546,6 +547,7 @@ from golf.submission import SubmissionCard, runs_of_script, write_submission
 if "submit" in skipped:
     print0("submission: left out, as asked")
 elif rank == 0:
+    launch = f"torchrun --standalone --nproc_per_node={world_size} train_gpt.py"
     card = SubmissionCard(
         author=params["author"],
         github_id=params["github_id"],
@@ -556,7 +558,8 @@ elif rank == 0:
         hardware=f"{world_size} × {device_name_of(device)}",
         story="Longer sequences, a slow and heavy Muon, a smaller batch and a long warmdown; no other change to the "
         "baseline. Scored in disjoint blocks, every target once, by a process that had only the file and the script.",
-        command=f"torchrun --standalone --nproc_per_node={world_size} train_gpt.py --seed=SEED",
+        command=f"{launch} --seed=SEED --base_dir=run\n"
+        f"{launch} --evaluate=run/golf/seq4096_{params['preset']}_seedSEED/final_model.int8.ptz",
     )
     requirements = [*needed, "ipython", "pillow"]
     settings = {name: value for name, value in public_settings(params).items() if name != "seed"}

@@ -294,6 +294,24 @@ def test_script_and_artifact_are_enough_for_the_score(name, started, resumed, da
 
 
 @of_both_systems
+def test_the_shipped_script_trains_the_same_model(name, started, data, tmp_path):
+    """Prevents a train_gpt.py that only scores, asks for shards that are not there, or names a folder of a machine."""
+    run = started[name].result()
+    assert str(data).encode() not in run.log.read_bytes()
+    shutil.copy(run.script, tmp_path / "train_gpt.py")
+    environment = python_environment(OMP_NUM_THREADS=1)
+    del environment["PYTHONPATH"]
+    process = subprocess.run(
+        [sys.executable, "train_gpt.py", f"--data_source={data}", "--base_dir=run"], cwd=tmp_path, env=environment,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stdout
+    (artifact,) = (tmp_path / "run" / "golf").glob(f"*/{run.artifact.name}")
+    assert artifact.read_bytes() == run.artifact.read_bytes()
+    assert artifact.with_name("train_gpt.py").read_bytes() == run.script.read_bytes()
+
+
+@of_both_systems
 def test_the_submission_says_what_the_log_says(name, started):
     """Prevents a folder that a reviewer would send back."""
     run = started[name].result()

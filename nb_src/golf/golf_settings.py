@@ -226,21 +226,26 @@ OPEN_PARAMETERS = {
 }  # fmt: skip
 
 
+def open_parameters(params: dict) -> set[str]:
+    """OPEN_PARAMETERS, and the source of the data where that is a folder."""
+    return OPEN_PARAMETERS | ({"data_source"} if params["data_source"] not in ("hub", "offline") else set())
+
+
 def public_settings(params: dict) -> dict:
     """What a log and a README tell: every setting that takes effect, but not where files lie and who ran it."""
-    idle = set(OPEN_PARAMETERS) - {"seed"}
+    idle = open_parameters(params) - {"seed"}
     if "tied_embed_lr" in params:
         idle |= {"embed_lr", "head_lr"} if params["tie_embeddings"] else {"tied_embed_lr"}
     return {name: value for name, value in params.items() if name not in idle}
 
 
 def frozen_parameters(source: str, params: dict) -> str:
-    """The program with `params` as the values of its parameter cell, where they are not OPEN_PARAMETERS."""
+    """The program with `params` as the values of its parameter cell, where they do not stay open."""
     tree, done = ast.parse(source), set()
     for node in tree.body:
         name = node.targets[0].id if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) else ""
         if name in params and name not in done:
             not_given = -1 if isinstance(params[name], int) else ""
-            node.value = ast.Constant(not_given if name in OPEN_PARAMETERS else params[name])
+            node.value = ast.Constant(not_given if name in open_parameters(params) else params[name])
             done.add(name)  # the first assignment is the cell's; a later one is something else
     return ast.unparse(ast.fix_missing_locations(tree))
