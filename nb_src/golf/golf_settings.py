@@ -228,7 +228,7 @@ OPEN_PARAMETERS = {
 
 def open_parameters(params: dict) -> set[str]:
     """OPEN_PARAMETERS, and the source of the data where that is a folder."""
-    return OPEN_PARAMETERS | ({"data_source"} if params["data_source"] not in ("hub", "offline") else set())
+    return OPEN_PARAMETERS | ({"data_source"} if params.get("data_source", "hub") not in ("hub", "offline") else set())
 
 
 def public_settings(params: dict) -> dict:
