@@ -620,6 +620,13 @@ wait_for_everyone()
 # %%
 if rank == 0:
     show_figure(plot_quantization(export["table"]), "quantization")
+    show_table(
+        [
+            (row["name"], row["bits"], f"{row['sigmas']:.2f}", f"{row['nearest']:.2e}", f"{row['gptq']:.2e}")
+            for row in export["table"]
+        ],
+        header=("matrix", "bits", "clip in σ", "error to nearest", "error by GPTQ"),
+    )
     packed, limit = export["bytes"], params["artifact_limit_bytes"]
     rows = [("predicted from the shapes alone, at this clip", export["bytes_from_shapes"])]
     rows += [("predicted from how often each code occurs", export["bytes_from_counts"])]
