@@ -281,6 +281,7 @@ def test_regenerate_asks_again_and_can_be_undone(server, open_page):
     """A new answer that is added to the history instead of replacing the old one, or an old one lost for good."""
     server.scripts += [saying("first"), saying("second")]
     page = open_page(server.address)
+    expect(page.locator("#state")).to_have_text("ready")  # from then on a request names the most tokens wanted
     say(page, "A number")
     expect(answers(page)).to_have_text("first")
     page.get_by_role("button", name="Regenerate").click()
