@@ -35,8 +35,9 @@ lint: $(VENV)/test.stamp
 notebooks: $(VENV)/run.stamp  ## nb_src -> notebooks
 	$(BIN)/python tools/nb_convert.py build
 
-gpu: $(VENV)/test.stamp  ## the tests that need CUDA
+gpu: $(VENV)/test.stamp  ## the tests that need CUDA, then a table of what this GPU does
 	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python benchmarks/gpu.py -o $(OUT)/gpu.md
 
 $(VENV)/run.stamp: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "nb_src"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from helpers import small_tokenizer
-from nanochat.attention import flash_attn
+from nanochat.attention_selection import select_attention
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import autodetect_device_type, choose_compute_dtype, compute_init, device_name_of
@@ -30,7 +30,7 @@ def random_model(dtype_name: str):
     """A model of the cpu preset's shape that has learned nothing, as `load_model` gives it, and its tokenizer."""
     device = compute_init(autodetect_device_type())[-1]
     dtype = choose_compute_dtype(device.type)[0] if dtype_name == "auto" else getattr(torch, dtype_name)
-    flash_attn.select(device.type, dtype)
+    select_attention(device, dtype)
     tokenizer = small_tokenizer(4096)
     config = GPTConfig(
         sequence_len=512, vocab_size=tokenizer.get_vocab_size(), n_layer=4, n_head=4, n_kv_head=4, n_embd=256,

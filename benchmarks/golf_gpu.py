@@ -79,7 +79,7 @@ def main() -> None:
     device = torch.device(autodetect_device_type())
     if device.type != "cuda" and not given.tiny:
         raise SystemExit("This needs an NVIDIA GPU; --tiny tries the script without one.")
-    dtype, _ = choose_compute_dtype(device.type)
+    dtype, _ = choose_compute_dtype(device.type, allow_float16=False)
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     print(f"{device_name_of(device)}, {dtype}, {versions}, {time.strftime('%Y-%m-%d')}\n")
     print("| system | tokens in a step | ms | tokens per second | of the published 687,000 | peak GiB |")

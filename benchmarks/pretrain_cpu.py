@@ -49,13 +49,10 @@ def prepare(name: str, config: GPTConfig, batch_size: int):
     optimizer = model.setup_optimizer()
     if ours:
         keep_freed_memory()
-        flash_attn.select("cpu", model.compute_dtype)
         model.compile(batch_size, config.sequence_len)
         optimizer.compile()
         return model, optimizer, model
-    plain = AttentionBackend("plain", builtin_attention, sdpa_with_kvcache, lambda device, dtype: True)
-    flash_attn.register(plain)
-    flash_attn.select("cpu", torch.float32, "plain")
+    flash_attn.use(AttentionBackend("plain", builtin_attention, sdpa_with_kvcache))
     if name.endswith("compiled"):
         optimizer.compile()
         return model, optimizer, torch.compile(model, dynamic=False)

@@ -75,7 +75,7 @@ def talkative_model(dtype_name: str):
 
 
 def trained_model(base_dir: str, dtype_name: str):
-    from nanochat.attention import flash_attn
+    from nanochat.attention_selection import select_attention
     from nanochat.checkpoint_manager import load_model
     from nanochat.runtime import autodetect_device_type, compute_init, show_user_errors_plainly
 
@@ -85,7 +85,7 @@ def trained_model(base_dir: str, dtype_name: str):
         os.environ["NANOCHAT_DTYPE"] = dtype_name
     device = compute_init(autodetect_device_type())[-1]
     model, tokenizer, _ = load_model("sft", device, "eval")
-    flash_attn.select(device.type, model.compute_dtype)
+    select_attention(device, model.compute_dtype)
     return model, tokenizer
 
 

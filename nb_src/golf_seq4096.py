@@ -174,9 +174,11 @@ from nanochat.runtime import (
     compute_cleanup,
     compute_init,
     device_name_of,
+    devices_in_use,
     get_base_dir,
     lock_base_dir,
     print0,
+    require_shared_base_dir,
     show_user_errors_plainly,
     write_atomic,
 )
@@ -203,7 +205,8 @@ skipped = golf_skipped(params["skip"], ("audit", "prove", "submit"))
 run_lock = lock_base_dir()
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(get_base_dir(), "compile_cache"))
 ddp, rank, local_rank, world_size, device = compute_init(params["device_type"] or autodetect_device_type())
-compute_dtype, dtype_reason = choose_compute_dtype(device.type)
+require_shared_base_dir()
+compute_dtype, dtype_reason = choose_compute_dtype(device.type, allow_float16=False)
 accumulation = golf_accumulation_steps(world_size)
 if params["max_wallclock_seconds"] and "max_wallclock_seconds" not in given:
     params["max_wallclock_seconds"] *= 8 / world_size
@@ -340,7 +343,7 @@ cap = params["max_wallclock_seconds"]
 show_table(
     [
         ("preset", params["preset"]),
-        ("device", f"{world_size} × {device_name_of(device)}"),
+        ("device", devices_in_use(device, world_size)),
         ("precision", f"{str(compute_dtype).removeprefix('torch.')} products, fp32 weights: {dtype_reason}"),
         ("model", f"{config.num_layers} layers, width {config.model_dim}, {config.num_heads} heads"),
         ("step", f"{params['train_batch_tokens']:,} tokens in sequences of {params['train_seq_len']:,}: 8 slices, "
@@ -400,6 +403,7 @@ if rank == 0:
 
 # %%
 from golf.golf_settings import frozen_parameters, public_settings
+from nanochat.notebook_program import program_so_far
 from golf.packed_script import pack_script, running_program
 
 # %%

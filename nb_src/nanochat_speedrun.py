@@ -64,7 +64,7 @@ num_iterations = -1  # @param {type:"integer"}
 target_flops = -1.0  # @param {type:"number"}
 # How long to train, in tokens for each scaling parameter.
 target_param_data_ratio = -1.0  # @param {type:"number"}
-# Sequences in one forward pass: smaller if the memory is too small.
+# Sequences in one forward pass; -1 is the most that the memory holds. What does not fit is halved in any case.
 device_batch_size = -1  # @param {type:"integer"}
 # Tokens in one optimizer step.
 total_batch_size = -1  # @param {type:"integer"}
@@ -159,8 +159,14 @@ model_tag = ""  # @param {type:"string"}
 attention = "auto"  # @param {type:"string"}
 # Whether to compile the model, which takes a minute and is worth it.
 torch_compile = True  # @param {type:"boolean"}
+# Whether to compute activations a second time instead of keeping them: less memory, about a third more time.
+recompute = False  # @param {type:"boolean"}
+# Whether large matrices multiply in eight bits (L4, H100 and newer): faster from depth 20 or so.
+fp8 = False  # @param {type:"boolean"}
 # A name turns on Weights & Biases: online with a WANDB_API_KEY, offline without.
 run = ""  # @param {type:"string"}
+# Processes that train, one for each GPU; -1 uses all GPUs that this notebook sees.
+processes = -1  # @param {type:"integer"}
 # What this machine costs in dollars per hour, for the report; 0 leaves the price out.
 price_per_hour = 0.0  # @param {type:"number"}
 
@@ -171,6 +177,7 @@ price_per_hour = 0.0  # @param {type:"number"}
 # %%
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -185,6 +192,7 @@ needed = (
     "tiktoken tokenizers tqdm uvicorn yaml"
 ).split()
 needed += ["wandb"] * bool(run) + ["transformers"] * bool(compare_model)
+needed += ["kernels"] * bool(shutil.which("nvidia-smi"))  # fetches FlashAttention
 packages = {"markdown_it": "markdown-it-py", "yaml": "PyYAML"}  # the others are called like their modules
 missing = [packages.get(name, name) for name in needed if importlib.util.find_spec(name) is None]
 if missing:
@@ -204,10 +212,11 @@ from nanochat.runtime import (
     lock_base_dir,
     print0,
     rank0_first,
+    require_shared_base_dir,
     show_user_errors_plainly,
 )
 from nanochat.parameters import command_line
-from nanochat.settings import PARAMETER_TYPES, resolve_parameters, skipped_stages
+from nanochat.settings import PARAMETER_TYPES, processes_to_train, resolve_parameters, skipped_stages
 
 # %% [markdown]
 # Now the parameters are checked, and this process (one of several, under `torchrun`) takes its place.
@@ -222,7 +231,9 @@ run_lock = lock_base_dir()
 # Compiled kernels are kept, so the second start is quick.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(get_base_dir(), "compile_cache"))
 ddp, rank, local_rank, world_size, device = compute_init(params["device_type"] or autodetect_device_type())
+require_shared_base_dir()
 compute_dtype, dtype_reason = choose_compute_dtype(device.type)
+training_processes = processes_to_train(params["processes"], device.type)
 
 # %% [markdown]
 # # ▶ Plan
@@ -248,10 +259,17 @@ from nanochat.plots import (
     tokens_html,
 )
 from nanochat.attention import flash_attn
+from nanochat.attention_kernels import load_sdpa
+from nanochat.hub_kernels import load_hub_flash3
+from nanochat.attention_selection import select_attention
 from nanochat.optim import MuonAdamW
 from nanochat.gpt import GPT
+from nanochat.precision import LossScaler
+from nanochat.fp8 import require_fp8
+from nanochat.device_batch import starting_device_batch
 from nanochat.planning import (
     PretrainSettings,
+    TrainingOptions,
     accumulation_steps,
     estimate_minutes,
     lr_multiplier,
@@ -261,23 +279,30 @@ from nanochat.planning import (
 )
 
 # %%
-attention_name = flash_attn.select(device.type, compute_dtype, params["attention"])
+attention_choice = select_attention(device, compute_dtype, params["attention"], compiled=params["torch_compile"])
+options = TrainingOptions(compile=params["torch_compile"], recompute=params["recompute"], fp8=params["fp8"])
 settings = PretrainSettings(**{name: params[name] for name in PretrainSettings.__dataclass_fields__})
-plan = plan_pretraining(settings, params["vocab_size"])
+plan = plan_pretraining(settings, params["vocab_size"], training_processes, device, compute_dtype, options.recompute)
+settings = plan.settings
+if options.fp8:
+    require_fp8(device, settings.device_batch_size * settings.max_seq_len, options.compile)
 sft_batch = plan.total_batch_size if params["sft_total_batch_size"] == -1 else params["sft_total_batch_size"]
-accumulation_steps("sft_total_batch_size", sft_batch, settings.device_batch_size, settings.max_seq_len, world_size)
+accumulation_steps(
+    "sft_total_batch_size", sft_batch, settings.device_batch_size, settings.max_seq_len, training_processes
+)
 minutes = estimate_minutes(plan, device, compute_dtype)
 model_config = plan.model_config
 show_table(
     [
         ("preset", params["preset"]),
-        ("device", f"{world_size} × {device_name_of(device)}"),
+        ("device", f"{training_processes} × {device_name_of(device)}"),
         ("precision", f"{str(compute_dtype).removeprefix('torch.')} products, fp32 weights: {dtype_reason}"),
-        ("attention", attention_name),
+        ("attention", attention_choice.sentence),
         ("model", f"{model_config.n_layer} layers, width {model_config.n_embd}, {model_config.n_head} heads"),
         ("parameters", f"{plan.parameters['total']:,}, of which {plan.scaling_params:,} multiply every token"),
         ("batch", f"{plan.total_batch_size:,} tokens: {plan.gradient_accumulation} × {settings.device_batch_size} "
-                  f"sequences × {settings.max_seq_len} on {world_size} process{'es' if world_size > 1 else ''}"),
+                  f"sequences × {settings.max_seq_len} on {training_processes} "
+                  f"process{'es' if training_processes > 1 else ''}"),
         ("horizon", f"{plan.iterations:,} steps, {plan.tokens:,} tokens, "
                     f"{plan.flops_per_token * plan.tokens:.2e} FLOPs"),
         ("text", params["data_source"]),
@@ -377,6 +402,8 @@ report.set_provenance(
         "data fingerprint": corpus.fingerprint(),
         "tokenizer fingerprint": tokenizer.fingerprint(),
         "settings fingerprint": fingerprint_of(asdict(settings)),
+        "precision": f"{str(compute_dtype).removeprefix('torch.')}: {dtype_reason}",
+        "attention": attention_choice.sentence,
         "parameters": params,
     }
 )
@@ -408,7 +435,7 @@ if rank == 0:
 # %% [markdown]
 # # ▶ Pretrain
 # Random weights in, base model out. It continues where it stopped, so interrupting is safe: the stop button finishes
-# the step and saves.
+# the step and saves. Where this notebook sees several GPUs, all of them train.
 
 # %%
 from nanochat.dataloader import pack_rows_preview, tokenizing_distributed_data_loader_bos_bestfit
@@ -417,7 +444,9 @@ from nanochat.checkpoint_files import read_meta
 from nanochat.checkpoint_manager import checkpoint_folder, load_model
 from nanochat.loss_eval import evaluate_bpb, every_byte_batches, first_texts
 from nanochat.training_loop import summarize_training, training_times
-from nanochat.base_train import pretrain, sample_text
+from nanochat.base_train import pretrain, pretraining_inputs, sample_text
+from nanochat.notebook_program import program_so_far
+from nanochat.launch import train_on
 from nanochat.tracking import open_tracker, read_secret, wandb_eval_record, wandb_train_record
 
 # %% [markdown]
@@ -433,9 +462,11 @@ if params["hub_repo"] and (sentence := check_hub_token(read_secret("HF_TOKEN")))
 reference = D12_REFERENCE if settings.depth == 12 else None
 chart = LiveChart(plan.iterations, f"base model d{settings.depth}", reference)
 tracker = open_tracker(params["run"], "nanochat", params, rank)
+training = pretrain(plan, corpus, tokenizer, device, compute_dtype, options)
+trained_model = fingerprint_of(pretraining_inputs(plan, corpus, tokenizer))
 records = []
 try:
-    for record in pretrain(plan, corpus, tokenizer, device, compute_dtype, params["torch_compile"]):
+    for record in train_on(training_processes, training, "pretrain", settings.checkpoint_dir, trained_model, params):
         records.append(record)
         chart.add(record)
         if not record.replayed:
@@ -458,9 +489,9 @@ if rank == 0 and records:  # a checkpoint from elsewhere has no log
         "Calculated number of iterations": plan.iterations,
         "Number of training tokens": plan.tokens,
         "Tokens : Scaling params ratio": plan.tokens / plan.scaling_params,
-        "DDP world size": world_size,
+        "DDP world size": training_processes,
     }
-    facts |= summarize_training(records, device, params["price_per_hour"])
+    facts |= summarize_training(records, params["price_per_hour"])
     about = {"fingerprint": read_meta(settings.checkpoint_dir, plan.iterations)["fingerprint"]}
     if not report.is_about("Base model training", about) or not all(record.replayed for record in records):
         report.log("Base model training", [facts, f"![training]({chart.file_name()}.png)"])
@@ -680,10 +711,11 @@ model = None  # the base model's memory is needed now
 if fine_tuning:
     sft_chart = LiveChart(sft_steps, f"fine-tuning d{settings.depth}")
     tracker = open_tracker(params["run"], "nanochat-sft", params, rank)
+    training = fine_tune(sft_plan, train_task, val_task, tokenizer, device, compute_dtype, options)
     sft_records = []
     try:
-        for record in fine_tune(
-            sft_plan, train_task, val_task, tokenizer, device, compute_dtype, params["torch_compile"]
+        for record in train_on(
+            training_processes, training, "finetune", sft_plan.checkpoint_dir, fingerprint_of(sft_plan.inputs), params
         ):
             sft_records.append(record)
             sft_chart.add(record)
@@ -701,9 +733,9 @@ if fine_tuning and rank == 0 and sft_records:
     facts = {
         "Number of iterations": sft_records[-1].step,
         "Number of conversations": len(train_task),
-        "DDP world size": world_size,
+        "DDP world size": training_processes,
     }
-    facts |= summarize_training(sft_records, device, params["price_per_hour"])
+    facts |= summarize_training(sft_records, params["price_per_hour"])
     tuned = read_meta(checkpoint_folder("sft", model_tag_used), sft_records[-1].step)
     about = {"fingerprint": tuned["fingerprint"]}
     if not report.is_about("SFT", about) or not all(record.replayed for record in sft_records):

@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.dataset import Corpus
-from nanochat.planning import PretrainSettings, plan_pretraining
+from nanochat.planning import PretrainSettings, TrainingOptions, plan_pretraining
 from nanochat.settings import PRESETS
 from nanochat.tokenizer import RustBPETokenizer
 
+EAGER = TrainingOptions(compile=False)
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -85,19 +86,24 @@ def texts_and_images(path) -> tuple[str, int]:
     return "\n".join(texts), sum("image/png" in item for item in data)
 
 
-def run_ranks(program: str, *arguments, world_size: int = 2) -> list[str]:
-    """Run a program as the ranks of one gloo group on this machine; what each of them printed."""
+def start_ranks(program: str, *arguments, world_size: int = 2, **options) -> list[subprocess.Popen]:
+    """Start a program as the ranks of one gloo group on this machine; options are Popen's."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     group = dict(OMP_NUM_THREADS=1, WORLD_SIZE=world_size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    ranks = [
+    return [
         subprocess.Popen(
             [sys.executable, "-c", program, *map(str, arguments)], stdout=subprocess.PIPE, text=True,
-            env=python_environment(RANK=rank, LOCAL_RANK=rank, **group),
+            env=python_environment(RANK=rank, LOCAL_RANK=rank, **group), **options,
         )
         for rank in range(world_size)
     ]  # fmt: skip
+
+
+def run_ranks(program: str, *arguments, world_size: int = 2) -> list[str]:
+    """Run a program as the ranks of one gloo group on this machine; what each of them printed."""
+    ranks = start_ranks(program, *arguments, world_size=world_size)
     return [rank.communicate(timeout=120)[0].strip() for rank in ranks]
 
 

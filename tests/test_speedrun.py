@@ -199,6 +199,40 @@ def test_two_processes_train_the_same_model(tmp_path, text_folder):
     assert all(share < 0.65 * whole for share in shares)
 
 
+def trained_losses(base) -> list[float]:
+    """Those of pretraining, then those of fine-tuning, as the checkpoints have them."""
+    logs = [base / f"{kind}_checkpoints" / "d2" / "train_log.jsonl" for kind in ("base", "chatsft")]
+    records = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+    return [record["loss"] for record in records if record["loss"] is not None]
+
+
+def test_a_notebook_trains_in_two_processes(tmp_path, text_folder):
+    """Prevents a notebook that leaves GPUs idle, or trains another model on several than on one."""
+    changes = dict(matrix_lr=0.3, embedding_lr=3.0, unembedding_lr=0.05, device_batch_size=2)
+    changes |= dict(skip="core,chat_eval,export,chat", processes=2)
+    assert script(tmp_path / "one", text_folder, **changes | dict(processes=1)).returncode == 0
+    notebook, base = tmp_path / NOTEBOOK.name, tmp_path / "base"
+    shutil.copy(NOTEBOOK, notebook)
+    parameters = TINY | changes | {"data_source": str(text_folder), "base_dir": str(base)}
+    for output in ("executed.ipynb", "again.ipynb"):
+        process = run_notebook(notebook, parameters, tmp_path / output, NANOCHAT_DTYPE="float32")
+        assert process.returncode == 0, process.stdout
+        text, images = texts_and_images(tmp_path / output)
+        assert images == 7, "windows, schedules, packing, training, bits per byte, conversations, fine-tuning"
+        started = [f"{name}: starting 2 processes" in text for name in ("pretrain", "finetune")]
+        assert started == [output == "executed.ipynb"] * 2, "what is finished starts nothing"
+    assert "512 tokens: 2 × 2 sequences × 64 on 2 processes" in text
+    one, two = trained_losses(tmp_path / "one"), trained_losses(base)
+    assert len(one) == 6 + 6
+    assert two[:6] == pytest.approx(one[:6], rel=2e-4) and two[6:] == pytest.approx(one[6:], rel=1e-3)
+    metrics = [json.loads((folder / "report" / "metrics.json").read_text()) for folder in (tmp_path / "one", base)]
+    for stage, bpb in (("Base model training", "Final validation bpb"), ("SFT", "Final validation bpb")):
+        assert metrics[0][stage][bpb] == pytest.approx(metrics[1][stage][bpb], rel=1e-3)
+        assert metrics[0][stage]["DDP world size"] == 1 and metrics[1][stage]["DDP world size"] == 2
+    printed = (base / "launch" / "pretrain-0.log").read_text()
+    assert "Distributed world size: 2" in printed and not (base / "launch" / "pretrain-1.log").read_text()
+
+
 @pytest.mark.parametrize(
     "changes, sentence",
     [

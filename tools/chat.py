@@ -14,12 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "nb_src"))
 
-from nanochat.attention import flash_attn
+from nanochat.attention_selection import select_attention
 from nanochat.chat_page import CHAT_PAGE
 from nanochat.chat_server import ChatServer
 from nanochat.chat_terminal import chat_in_terminal
 from nanochat.checkpoint_manager import load_model, locate_checkpoint
-from nanochat.runtime import autodetect_device_type, compute_init, show_user_errors_plainly
+from nanochat.runtime import autodetect_device_type, compute_init, print0, show_user_errors_plainly
 
 
 def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -61,7 +61,7 @@ def main() -> None:
     device_type = autodetect_device_type() if arguments.device_type == "auto" else arguments.device_type
     device = compute_init(device_type)[-1]
     model, tokenizer, _ = load_model(arguments.source, device, "eval", arguments.model_tag, arguments.step)
-    flash_attn.select(device_type, model.compute_dtype)
+    print0(f"attention: {select_attention(device, model.compute_dtype).sentence}")
     if not arguments.serve:
         chat_in_terminal(
             model, tokenizer, arguments.temperature, arguments.top_k, arguments.max_tokens, arguments.prompt

@@ -11,7 +11,6 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nanochat.runtime import UserError, get_dist_info, is_ddp_requested, print0, wait_for_everyone, write_atomic
+from nanochat.runtime import (
+    UserError,
+    free_port,
+    get_dist_info,
+    is_ddp_requested,
+    print0,
+    wait_for_everyone,
+    write_atomic,
+)
 
 # %% [markdown]
 # ### `clean_environment`
@@ -55,13 +62,6 @@ def clean_environment(base_dir, port: int) -> dict[str, str]:
 
 
 # %%
-def free_port() -> int:
-    """A port that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
-
-
 @contextmanager
 def shared_empty_folder():
     """Yield (folder, port), the same on every rank; rank 0 removes the folder in the end. Every rank must call it.

@@ -131,6 +131,14 @@ class GolfOptimizer(MuonAdamW):
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             torch._foreach_add_(params, steps, alpha=-lr * max(1, rows / columns) ** 0.5)
 
+    def owned_rows(self, p, group) -> tuple[int, int]:
+        """(first, end) of the matrices of a muon group whose state is here; of Adam's parameters all rows."""
+        if group["kind"] == "adamw":
+            return 0, p.size(0)
+        matrices = len(group["params"])
+        chunk = -(-matrices // self.world_size)
+        return min(self.rank * chunk, matrices), min((self.rank + 1) * chunk, matrices)
+
     def start_directions(self, group):
         """Orthogonalise the matrices that are ours and begin to exchange them; the last processes may own none."""
         params = group["params"]

@@ -25,7 +25,7 @@ from golf.golf_scoring import score_stream
 from golf.golf_settings import golf_accumulation_steps
 from golf.golf_tokenizers import ByteTables
 from golf.shards import DistributedTokenLoader
-from nanochat.checkpoint_files import delete_old_checkpoints, load_checkpoint, save_checkpoint
+from nanochat.checkpoint_files import delete_old_checkpoints, load_for_training, save_checkpoint
 from nanochat.runtime import UserError, get_dist_info, is_ddp_initialized, print0
 from nanochat.stages import fingerprint_of
 from nanochat.training_loop import (
@@ -198,12 +198,15 @@ def train_golf(
         del settings[name]
     fingerprint = fingerprint_of({"training": settings, "inputs": inputs})
     log = TrainLog(folder, GolfRecord)
-    step, meta = find_resumable(str(folder), fingerprint, world_size)
+    step, meta = find_resumable(str(folder), fingerprint)
     finished = bool(meta and meta["finished"])
     history = log.keep_before(step, keep_evaluation=meta is not None) if rank == 0 else []
     if meta:
-        # what is finished may be opened by more processes than trained it; all have rank 0's average
-        weights, state, _ = load_checkpoint(folder, step, device, load_optimizer=True, rank=0 if finished else rank)
+
+        def reshard(shares):  # the average of the weights is the same everywhere
+            return {"optimizer": optimizer.reshard([share["optimizer"] for share in shares]), "ema": shares[0]["ema"]}
+
+        weights, state = load_for_training(folder, step, device, reshard)
         model.load_state_dict(weights)
         optimizer.load_state_dict(state["optimizer"])
         if ema is not None:

@@ -19,6 +19,7 @@ import tempfile
 import zlib
 from pathlib import Path
 
+from nanochat.notebook_program import program_so_far
 from nanochat.runtime import UserError
 
 # %% [markdown]
@@ -125,48 +126,6 @@ def unpack_script(data: bytes) -> str | None:
 
 
 # %% [markdown]
-# ### `notebook_program`
-# A notebook's program is what was run, not what is on the screen. Run a cell again and it is still one cell; change a
-# definition or a parameter and run it, and the new one takes the place of the old. Parameters that papermill put in are
-# left out: they travel on the command line.
-
-
-# %%
-def is_setting(node: ast.stmt) -> bool:
-    """Is it `name = literal`?"""
-    try:
-        ast.literal_eval(node.value)
-    except (AttributeError, TypeError, ValueError):
-        return False
-    return isinstance(node, ast.Assign)
-
-
-def cell_key(tree: ast.Module, cell: str):
-    """The same for two versions of a cell: the names of what it defines, or of its settings if it is nothing else."""
-    names = [node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
-    if all(map(is_setting, tree.body)):
-        names = [ast.unparse(node.targets[0]) for node in tree.body]
-    return tuple(names) or cell
-
-
-def notebook_program(inputs: list[str]) -> str:
-    """The cells that ran, in the order of their first run, as one program. inputs: IPython's history, one cell each.
-
-    Cells that are not plain Python, such as `%pip install`, are left out.
-    """
-    cells = {}
-    for cell in inputs:
-        try:
-            tree = ast.parse(cell)
-            compile(tree, "cell", "exec")  # refuses what only IPython runs, such as `await` outside a function
-        except (SyntaxError, ValueError):
-            continue
-        if not cell.startswith("# Parameters\n"):
-            cells[cell_key(tree, cell)] = cell
-    return "\n\n".join(cells.values())
-
-
-# %% [markdown]
 # ### `running_program`
 # Four ways to run, one program. A script knows all of itself and a notebook only what has run so far, so both end at
 # the comment `# end of train_gpt.py`: evaluation lies before it, and what only a person at a notebook wants, behind it.
@@ -206,15 +165,10 @@ def running_program() -> str:
     In a notebook, call it from the cell that holds this line. Definitions and parameters may be edited and run again at
     any time; other statements that are edited take a restart of the kernel, and before IPython 9 cells that failed too.
     """
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
     path = getattr(sys.modules["__main__"], "__file__", None)
-    if shell is not None:
-        history = shell.history_manager
-        failed = getattr(history, "exceptions", {})  # by the cell's number; IPython 9 has it
-        text = notebook_program([cell for i, cell in enumerate(history.input_hist_raw) if i not in failed])
-    elif path is not None:
-        text = program_of_file(Path(path).resolve())
-    else:
+    text = program_so_far()
+    if text is None and path is None:
         raise UserError("This program has no file, so it cannot be packed. Run it as a script or as a notebook.")
+    if text is None:
+        text = program_of_file(Path(path).resolve())
     return END_OF_PROGRAM.split(text, maxsplit=1)[0]

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from nanochat.runtime import UserError
-
 # %% [markdown]
 # ### `band_mask`
-# The one definition of "may look at": query i sees key j when `i - left <= j <= i`, so `left` tokens and itself.
+# The one definition of "may look at": query i sees key j when `i - left <= j <= i`, so `left` tokens and itself. A
+# window that nothing can fall out of is none, which is worth knowing: kernels are faster without.
 
 
 # %%
@@ -31,6 +30,11 @@ def band_mask(q_positions: torch.Tensor, k_positions: torch.Tensor, left: int) -
     """
     distance = q_positions[..., :, None] - k_positions
     return (distance >= 0) if left < 0 else (distance >= 0) & (distance <= left)
+
+
+def limiting_left(left: int, n_keys: int) -> int:
+    """left, or -1 where even the last of n_keys tokens sees the first."""
+    return -1 if left >= n_keys - 1 else left
 
 
 # %% [markdown]
@@ -105,14 +109,15 @@ def banded_sdpa(q, k, v, left: int):  # q (B, H, T, D), k and v (B, H_kv, T, D)
 # %% [markdown]
 # ### `sdpa_attention` and `sdpa_with_kvcache`
 # The two entry points of this implementation: a whole sequence when training, a few new tokens against a cache when
-# generating.
+# generating. Rows may be at different places of their texts then. Where all are at the same one, slices do what would
+# need indices and a mask otherwise.
 
 
 # %%
 def sdpa_attention(q, k, v, window_size: tuple[int, int]):  # q (B, T, H, D), k and v (B, T, H_kv, D)
     """Causal attention of a sequence with itself, (B, T, H, D)."""
-    left, T, gqa = window_size[0], q.size(1), q.size(2) != k.size(2)
-    left = -1 if left >= T - 1 else left  # a window that nothing can fall out of
+    T, gqa = q.size(1), q.size(2) != k.size(2)
+    left = limiting_left(window_size[0], T)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if q.device.type == "cpu":
         if gqa:
@@ -128,28 +133,35 @@ def sdpa_attention(q, k, v, window_size: tuple[int, int]):  # q (B, T, H, D), k 
     return y.transpose(1, 2)
 
 
-def sdpa_with_kvcache(q, k_cache, v_cache, k, v, positions, window_size: tuple[int, int]):
+def write_to_cache(k_cache, v_cache, k, v, positions) -> None:
+    """Put k and v (B, T_new, H_kv, D) into the caches (B, T_max, H_kv, D), row b from positions[b] on."""
+    rows = torch.arange(len(k), device=k.device)[:, None]
+    places = positions[:, None] + torch.arange(k.size(1), device=k.device)  # (B, T_new)
+    k_cache[rows, places], v_cache[rows, places] = k.to(k_cache.dtype), v.to(v_cache.dtype)
+
+
+def sdpa_with_kvcache(q, k_cache, v_cache, k, v, positions, window_size: tuple[int, int], bounds=None):
     """Attention of T_new queries with the cache, into which k and v (if given) are first written. (B, T_new, H, D).
 
     q (B, T_new, H, D); caches (B, T_max, H_kv, D), whose dtype may be a wider one, which is then computed in; k, v
-    (B, T_new, H_kv, D) or None; positions (B,): each row's first.
+    (B, T_new, H_kv, D) or None; positions (B,): each row's first; bounds: the lowest and the highest of them, two
+    numbers, without which the device is asked for them.
     """
-    B, T_new, left = q.size(0), q.size(1), window_size[0]
-    lowest, end = int(positions.min()), int(positions.max()) + T_new
-    same = lowest == end - T_new  # all rows stand at one position: slices instead of indices, and often no mask
-    q_positions = positions[:1, None] if same else positions[:, None]
-    q_positions = q_positions + torch.arange(T_new, device=q.device)  # (B or 1, T_new)
+    T_new, left = q.size(1), window_size[0]
+    lowest, highest = bounds or (int(positions.min()), int(positions.max()))
+    end, same = highest + T_new, lowest == highest
     if k is not None and same:
         k_cache[:, lowest:end], v_cache[:, lowest:end] = k, v
     elif k is not None:
-        rows = torch.arange(B, device=q.device)[:, None]
-        k_cache[rows, q_positions], v_cache[rows, q_positions] = k.to(k_cache.dtype), v.to(v_cache.dtype)
+        write_to_cache(k_cache, v_cache, k, v, positions)
     if k is not None and same and lowest == 0 and T_new > 1:  # the cache was empty: a sequence looks at itself
         return sdpa_attention(q, k, v, window_size)
     first = 0 if left < 0 else max(0, lowest - left)  # nothing older is visible to any of the queries
     keys, values = k_cache[:, first:end], v_cache[:, first:end]
     mask = None
     if T_new > 1 or not same:
+        q_positions = positions[:1, None] if same else positions[:, None]
+        q_positions = q_positions + torch.arange(T_new, device=q.device)  # (B or 1, T_new)
         mask = band_mask(q_positions, torch.arange(first, end, device=q.device), left)[:, None]
     dtype = q.dtype
     q, keys, values = (x.transpose(1, 2) for x in (q.to(keys.dtype), keys, values))
@@ -160,41 +172,32 @@ def sdpa_with_kvcache(q, k_cache, v_cache, k, v, positions, window_size: tuple[i
 # %% [markdown]
 # ### `flash_attn`
 # The public surface, and the place where a faster kernel signs in. A backend is two functions with the signatures
-# above and a test for whether it can run here; nothing is ever replaced silently.
+# above; which one is used is decided by the caller, once, and never changes silently.
 
 
 # %%
 @dataclass(frozen=True)
 class AttentionBackend:
-    """One implementation: train(q, k, v, window_size), cached(q, k_cache, v_cache, k, v, positions, window_size)."""
+    """One implementation of `sdpa_attention` and `sdpa_with_kvcache`, with their parameters and their meaning.
+
+    train(q, k, v, window_size), cached(q, k_cache, v_cache, k, v, positions, window_size, bounds=None). What one of
+    them cannot do it hands to PyTorch's own.
+    """
 
     name: str
     train: Callable
     cached: Callable
-    available: Callable[[str, torch.dtype], bool]  # (device type, compute dtype) -> can it run here
 
 
 class FlashAttention:
-    """FlashAttention's two functions over whichever backend is selected. Spec section 1."""
+    """FlashAttention's two functions over the backend in use, `selected`. Spec section 1."""
 
-    def __init__(self, *backends: AttentionBackend):
-        self.backends = {backend.name: backend for backend in backends}  # in order of preference
-        self.selected = backends[-1]
+    def __init__(self, backend: AttentionBackend):
+        self.selected = backend
 
-    def register(self, backend: AttentionBackend) -> None:
-        """Add a backend, preferred over those that are there."""
-        self.backends = {backend.name: backend, **self.backends}
-
-    def select(self, device_type: str, dtype: torch.dtype, name: str = "auto") -> str:
-        """Use the backend `name`, or with "auto" the first that can run here; returns its name."""
-        if name not in ("auto", *self.backends):
-            raise UserError(f"attention is {name!r}; it can be auto, {', '.join(self.backends)}.")
-        candidates = list(self.backends.values()) if name == "auto" else [self.backends[name]]
-        for backend in candidates:
-            if backend.available(device_type, dtype):
-                self.selected = backend
-                return backend.name
-        raise UserError(f"attention {name} cannot run on {device_type} in {dtype}. Set attention to auto.")
+    def use(self, backend: AttentionBackend) -> None:
+        """Answer with this backend from now on. A model that is compiled already compiles again."""
+        self.selected = backend
 
     def flash_attn_func(self, q, k, v, causal=False, window_size=(-1, -1)):
         """Attention of a sequence with itself, (B, T, H, D). q (B, T, H, D); k, v (B, T, H_kv, D)."""
@@ -203,20 +206,24 @@ class FlashAttention:
         return self.selected.train(q, k, v, window_size)
 
     def flash_attn_with_kvcache(
-        self, q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, causal=False, window_size=(-1, -1)
+        self, q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, causal=False, window_size=(-1, -1), bounds=None
     ):
         """Attention of new queries with a cache, (B, T_new, H, D); k and v are written into it in place.
 
         k_cache, v_cache (B, T_max, H_kv, D); cache_seqlens (B,) int32, how much of each row is filled. Without new k
         and v the queries are the last T_new positions that the cache holds. Does not advance cache_seqlens.
+        bounds: the smallest and the largest of cache_seqlens as numbers. A caller that knows them saves a GPU from
+        being waited for in every layer.
         """
         if not causal:
             raise ValueError("this model only ever looks back: call with causal=True")
-        positions = cache_seqlens - (q.size(1) if k is None else 0)
-        end = int(positions.max()) + q.size(1)
+        lowest, highest = bounds or (int(cache_seqlens.min()), int(cache_seqlens.max()))
+        held = q.size(1) if k is None else 0  # queries whose keys the cache holds already
+        end = highest - held + q.size(1)
         if end > k_cache.size(1):
             raise ValueError(f"{end} tokens are too many: the cache holds {k_cache.size(1)} positions")
-        return self.selected.cached(q, k_cache, v_cache, k, v, positions, window_size)
+        bounds = (lowest - held, highest - held)
+        return self.selected.cached(q, k_cache, v_cache, k, v, cache_seqlens - held, window_size, bounds)
 
 
-flash_attn = FlashAttention(AttentionBackend("sdpa", sdpa_attention, sdpa_with_kvcache, lambda device, dtype: True))
+flash_attn = FlashAttention(AttentionBackend("sdpa", sdpa_attention, sdpa_with_kvcache))

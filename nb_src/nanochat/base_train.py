@@ -15,17 +15,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nanochat.checkpoint_files import delete_old_checkpoints, load_checkpoint, save_checkpoint
+from nanochat.checkpoint_files import delete_old_checkpoints, load_for_training, save_checkpoint
 from nanochat.dataloader import (
     merge_loader_states,
     tokenizing_distributed_data_loader_bos_bestfit,
     tokenizing_distributed_data_loader_with_state_bos_bestfit,
 )
+from nanochat.device_batch import fitting_device_batch
 from nanochat.engine import Engine
+from nanochat.fp8 import convert_to_fp8, require_fp8
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.planning import PretrainPlan, lr_multiplier, muon_momentum, muon_weight_decay
-from nanochat.runtime import get_dist_info, is_ddp_initialized, print0, require_free_space
+from nanochat.planning import DEFAULT_OPTIONS, PretrainPlan, lr_multiplier, muon_momentum, muon_weight_decay
+from nanochat.precision import LossScaler
+from nanochat.runtime import UserError, get_dist_info, is_ddp_initialized, print0, require_free_space
 from nanochat.stages import fingerprint_of
 from nanochat.tokenizer import get_token_bytes
 from nanochat.training_loop import (
@@ -41,19 +44,58 @@ from nanochat.training_loop import (
 )
 
 # %% [markdown]
-# ### `compile_for_training`
-# Model and optimizer compiled, or a sentence why not: slower is better than not at all.
+# ### `prepare_for_training`
+# The last things before the first step: fp8 if it was asked for, compiled code, and a device batch that fits. Where
+# nothing can be compiled, slower is better than not at all.
 
 
 # %%
-def compile_for_training(model: GPT, optimizer, batch_size: int, length: int) -> None:
-    """Compile model and optimizer for batches of this shape, or say why training will be eager."""
-    works, reason = compiler_works(model.get_device())
-    if works:
-        model.compile(batch_size, length)
-        optimizer.compile()
-    else:
-        print0(f"torch.compile is not available here ({reason}); training eagerly: slower, otherwise the same")
+def prepare_for_training(model: GPT, optimizer, batch_size: int, length: int, sequences: int, options) -> int:
+    """Get model and optimizer ready, and return the device batch, `batch_size` or the largest below it that fits.
+
+    length: tokens in a sequence. sequences: that each process learns from in one step. Every process must call it.
+    """
+    device, compiles = model.get_device(), options.compile
+    model.recompute = options.recompute
+    if options.fp8:
+        require_fp8(device, batch_size * length, options.compile)
+        converted, skipped = convert_to_fp8(model)
+        print0(f"fp8: {len(converted)} matrices multiply in fp8, {len(skipped)} are too small or in the loss")
+    if compiles:
+        compiles, reason = compiler_works(device)
+        if not compiles and options.fp8:
+            raise UserError(f"fp8 needs torch.compile, which is not available here ({reason}). Set fp8 to False.")
+        if not compiles:
+            print0(f"torch.compile is not available here ({reason}); training eagerly: slower, otherwise the same")
+
+    def prepare(size: int) -> None:
+        if compiles:
+            model.compile(size, length)
+            optimizer.compile()
+
+    return fitting_device_batch(model, optimizer, batch_size, length, sequences, prepare)
+
+
+# %% [markdown]
+# ### `training_step`
+# Forward and backward as often as a step needs, then one update. What the passes learn is weighed by whoever knows how
+# much is in each of them.
+
+
+# %%
+def training_step(model, optimizer, scaler: LossScaler, batches, forward=None) -> torch.Tensor:
+    """One update from (inputs, targets, weight) batches; returns the weighted sum of their losses, on the device.
+
+    Every process must call it. forward: in place of the model, called as it is.
+    """
+    total = torch.zeros((), device=model.get_device())
+    for inputs, targets, weight in batches:
+        loss = (forward or model)(inputs, targets) * weight
+        scaler.scale(loss).backward()
+        total += loss.detach()
+    scaler.step(optimizer)
+    model.zero_grad(set_to_none=True)
+    return total
 
 
 # %% [markdown]
@@ -91,7 +133,7 @@ def sample_text(model: GPT, tokenizer, prompts=SAMPLE_PROMPTS, max_tokens: int =
 
 # %%
 def pretrain(
-    plan: PretrainPlan, corpus, tokenizer, device: torch.device, compute_dtype: torch.dtype, compile_model=True
+    plan: PretrainPlan, corpus, tokenizer, device: torch.device, compute_dtype: torch.dtype, options=DEFAULT_OPTIONS
 ):
     """Train a base model, or go on training it; yields a TrainRecord for each step and one after the last.
 
@@ -103,7 +145,7 @@ def pretrain(
     _, rank, _, world_size = get_dist_info()
     fingerprint = fingerprint_of(pretraining_inputs(plan, corpus, tokenizer))
     log = TrainLog(folder)
-    first_step, meta = find_resumable(folder, fingerprint, world_size)
+    first_step, meta = find_resumable(folder, fingerprint)
     finished = first_step == plan.iterations
     history = log.keep_before(first_step, keep_evaluation=finished) if rank == 0 else []
     if first_step:
@@ -126,23 +168,24 @@ def pretrain(
     )
     loader_state = None
     if first_step:
-        weights, optimizer_state, _ = load_checkpoint(folder, first_step, device, load_optimizer=True, rank=rank)
+        weights, optimizer_state = load_for_training(folder, first_step, device, optimizer.reshard)
         model.load_state_dict(weights, strict=True)
         optimizer.load_state_dict(optimizer_state)
         del weights, optimizer_state
         loader_state = meta["dataloader_state_dict"]
-    if compile_model:
-        compile_for_training(model, optimizer, settings.device_batch_size, settings.max_seq_len)
+    scaler = LossScaler(compute_dtype)
+    if first_step and "loss_scaler" in meta:
+        scaler.load_state_dict(meta["loss_scaler"])
+    T, sequences = settings.max_seq_len, plan.total_batch_size // (settings.max_seq_len * world_size)
+    B = prepare_for_training(model, optimizer, settings.device_batch_size, T, sequences, options)
 
     def loader_of(split, **more):
         with_state = tokenizing_distributed_data_loader_with_state_bos_bestfit
         make = with_state if split == "train" else tokenizing_distributed_data_loader_bos_bestfit
-        return make(
-            tokenizer, settings.device_batch_size, settings.max_seq_len, split, device=device, corpus=corpus, **more
-        )
+        return make(tokenizer, B, T, split, device=device, corpus=corpus, **more)
 
     token_bytes = get_token_bytes(device, tokenizer)
-    eval_steps = max(1, settings.eval_tokens // (settings.device_batch_size * settings.max_seq_len * world_size))
+    eval_steps = max(1, settings.eval_tokens // (B * T * world_size))
     flops_per_step = plan.flops_per_token * plan.total_batch_size
     meter = TrainMeter(device, plan.total_batch_size, flops_per_step, meta["loop_state"] if first_step else None)
     loader = loader_of("train", resume_state_dict=loader_state)
@@ -155,17 +198,24 @@ def pretrain(
             folder, step, model.state_dict(), optimizer.state_dict(),
             {
                 "step": step, "val_bpb": val_bpb, "model_config": asdict(plan.model_config),
-                "user_config": asdict(settings), "device_batch_size": settings.device_batch_size,
-                "max_seq_len": settings.max_seq_len,
-                "total_batch_size": plan.total_batch_size,
+                "user_config": asdict(settings), "device_batch_size": B, "max_seq_len": T,
+                "total_batch_size": plan.total_batch_size, "loss_scaler": scaler.state_dict(),
                 "dataloader_state_dict": merge_loader_states(gather_loader_states(loader_state)),
-                "loop_state": meter.state(), "fingerprint": fingerprint, "world_size": world_size,
-                "tokenizer_fingerprint": tokenizer.fingerprint(),
+                "loop_state": meter.state(), "fingerprint": fingerprint, "finished": step == plan.iterations,
+                "world_size": world_size, "tokenizer_fingerprint": tokenizer.fingerprint(),
             },
             rank=rank,
         )  # fmt: skip
         if rank == 0:
             delete_old_checkpoints(folder, keep=2)
+
+    def batches_of_step():
+        nonlocal batch, loader_state, epoch
+        passes = sequences // B
+        for _ in range(passes):
+            inputs, targets, loader_state = batch  # the state of what is trained on, not of what is fetched ahead
+            yield inputs, targets, 1 / passes
+            epoch, batch = loader_state["epoch"], next(loader)  # prepared while the device is busy
 
     with StopRequest() as stop, collector_on_call():
         for step in range(first_step, plan.iterations + 1):
@@ -191,18 +241,9 @@ def pretrain(
             synchronize(device)
             started = time.perf_counter()
             totals = torch.zeros(3, device=device)  # loss, how many were asked to stop, whether it is time to save
-            for _ in range(plan.gradient_accumulation):
-                inputs, targets, state = batch
-                loss = model(inputs, targets) / plan.gradient_accumulation
-                loss.backward()
-                totals[0] += loss.detach()
-                epoch = state["epoch"]
-                batch = next(loader)  # prepared while the device is busy
-            loader_state = state  # of the last batch that was trained on, not of the one fetched ahead
             multiplier = lr_multiplier(plan, step)
             set_schedules(optimizer, multiplier, muon_momentum(step), muon_weight_decay(plan, step))
-            optimizer.step()
-            model.zero_grad(set_to_none=True)
+            totals[0] = training_step(model, optimizer, scaler, batches_of_step())
             totals[1] = float(stop.requested)
             totals[2] = float(rank == 0 and time.monotonic() - last_save > AUTOSAVE_SECONDS)
             if is_ddp_initialized():

@@ -13,22 +13,37 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nanochat.base_train import build_for_training, compile_for_training, gather_loader_states, set_schedules
+from nanochat.base_train import (
+    build_for_training,
+    gather_loader_states,
+    prepare_for_training,
+    set_schedules,
+    training_step,
+)
 from nanochat.checkpoint_files import (
     checkpoint_name,
     checkpoint_path,
     delete_old_checkpoints,
-    gather_numbers,
     load_checkpoint,
+    load_for_training,
     read_meta,
     save_checkpoint,
+    saved_shares,
 )
 from nanochat.checkpoint_manager import checkpoint_folder, config_from_meta, locate_checkpoint
 from nanochat.dataloader import LANES
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.planning import REFERENCE_BATCH, accumulation_steps, check_shares, muon_momentum
-from nanochat.runtime import UserError, get_dist_info, is_ddp_initialized, print0, require_free_space
+from nanochat.planning import DEFAULT_OPTIONS, REFERENCE_BATCH, accumulation_steps, check_shares, muon_momentum
+from nanochat.precision import LossScaler
+from nanochat.runtime import (
+    UserError,
+    gather_numbers,
+    get_dist_info,
+    is_ddp_initialized,
+    print0,
+    require_free_space,
+)
 from nanochat.sft_dataloader import merge_conversation_states, sft_data_generator_bos_bestfit
 from nanochat.stages import fingerprint_of
 from nanochat.tokenizer import get_token_bytes
@@ -198,21 +213,19 @@ def sft_progress(plan: SFTPlan, step: int, consumed: int) -> float:
 # %%
 def load_for_fine_tuning(plan: SFTPlan, first_step: int, device: torch.device, compute_dtype: torch.dtype):
     """(model, optimizer) as they were before step `first_step`."""
-    settings, rank = plan.settings, get_dist_info()[1]
+    settings = plan.settings
     folder, step = (plan.checkpoint_dir, first_step) if first_step else (plan.base_folder, plan.base_step)
     with_optimizer = first_step > 0 or settings.load_optimizer
     if with_optimizer and not first_step:
-        shares = sum(name.startswith("optim_") for name in read_meta(folder, step)["files"])
-        is_there = checkpoint_path(folder, step, "optim", rank).exists()
-        with_optimizer = shares == plan.world_size and all(all(row) for row in gather_numbers([int(is_there)]))
+        shares = saved_shares(read_meta(folder, step))
+        there = [checkpoint_path(folder, step, "optim", other).exists() for other in range(shares)]
+        with_optimizer = all(all(row) for row in gather_numbers([int(shares > 0 and all(there))]))
         if not with_optimizer:
             print0(
-                f"base checkpoint {checkpoint_name(folder, step)} has no optimizer state of {plan.world_size} "
-                f"process{'es' if plan.world_size > 1 else ''}; fine-tuning begins with a new optimizer"
+                f"base checkpoint {checkpoint_name(folder, step)} has no complete optimizer state; "
+                "fine-tuning begins with a new optimizer"
             )
     model = build_for_training(plan, device, compute_dtype)
-    weights, optimizer_state, _ = load_checkpoint(folder, step, device, load_optimizer=with_optimizer, rank=rank)
-    model.load_state_dict(weights, strict=True)
     scale = plan.lr_scale * settings.init_lr_frac
     optimizer = model.setup_optimizer(
         unembedding_lr=settings.unembedding_lr * scale,
@@ -220,8 +233,12 @@ def load_for_fine_tuning(plan: SFTPlan, first_step: int, device: torch.device, c
         matrix_lr=settings.matrix_lr * scale,
         scalar_lr=settings.scalar_lr * scale,
     )
-    if optimizer_state is not None:
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": optimizer_state["state"]})
+    if with_optimizer:
+        weights, saved = load_for_training(folder, step, device, optimizer.reshard)
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
+    else:
+        weights, _, _ = load_checkpoint(folder, step, device)
+    model.load_state_dict(weights, strict=True)
     return model, optimizer
 
 
@@ -232,13 +249,14 @@ def load_for_fine_tuning(plan: SFTPlan, first_step: int, device: torch.device, c
 
 
 # %%
-def step_batches(plan: SFTPlan, loader) -> tuple[list, int, int]:
+def step_batches(plan: SFTPlan, loader, passes: int) -> tuple[list, int, int]:
     """(batches, learned targets in them, conversations consumed up to their end), both numbers over all ranks.
 
-    Raises UserError when nothing is left to learn anywhere. Every rank must call it.
+    passes: batches in a step of one rank. Raises UserError when nothing is left to learn anywhere. Every rank must
+    call it.
     """
     for _ in range(max(LANES, plan.world_size)):  # a lane may have nothing to learn; after so many all had their turn
-        batches = [next(loader) for _ in range(plan.gradient_accumulation)]
+        batches = [next(loader) for _ in range(passes)]
         states = [state for _, _, state in batches]
         rows = gather_numbers([sum(state["targets"] for state in states), states[-1]["consumed"]])
         n_targets, consumed = (sum(column) for column in zip(*rows, strict=True))
@@ -260,8 +278,9 @@ def step_batches(plan: SFTPlan, loader) -> tuple[list, int, int]:
 
 # %%
 def fine_tune(
-    plan: SFTPlan, train_task, val_task, tokenizer, device: torch.device, compute_dtype: torch.dtype, compile_model=True
-):
+    plan: SFTPlan, train_task, val_task, tokenizer, device: torch.device, compute_dtype: torch.dtype,
+    options=DEFAULT_OPTIONS,
+):  # fmt: skip
     """Fine-tune the plan's base model, or go on with it; yields a TrainRecord for each step and one after the last.
 
     train_task, val_task: len() and [i] -> conversation. The loss is the mean over all learned tokens of the step;
@@ -270,9 +289,9 @@ def fine_tune(
     """
     settings, folder = plan.settings, plan.checkpoint_dir
     _, rank, _, world_size = get_dist_info()
-    B, T, fingerprint = settings.device_batch_size, settings.max_seq_len, fingerprint_of(plan.inputs)
+    T, fingerprint = settings.max_seq_len, fingerprint_of(plan.inputs)
     log = TrainLog(folder)
-    first_step, meta = find_resumable(folder, fingerprint, world_size)
+    first_step, meta = find_resumable(folder, fingerprint)
     finished = first_step > 0 and meta["finished"]
     history = log.keep_before(first_step, keep_evaluation=finished) if rank == 0 else []
     if first_step:
@@ -284,8 +303,11 @@ def fine_tune(
     require_free_space(40 * plan.parameters["total"], f"fine-tuning {Path(folder).name}")
 
     model, optimizer = load_for_fine_tuning(plan, first_step, device, compute_dtype)
-    if compile_model:
-        compile_for_training(model, optimizer, B, T)
+    scaler = LossScaler(compute_dtype)
+    if first_step and "loss_scaler" in meta:
+        scaler.load_state_dict(meta["loss_scaler"])
+    sequences = settings.total_batch_size // (T * world_size)
+    B = prepare_for_training(model, optimizer, settings.device_batch_size, T, sequences, options)
     meter = TrainMeter(
         device, settings.total_batch_size, plan.flops_per_token * settings.total_batch_size,
         meta["loop_state"] if first_step else None,
@@ -295,7 +317,7 @@ def fine_tune(
     loader_state = meta["dataloader_state_dict"] if first_step else None
     loader = sft_data_generator_bos_bestfit(tokenizer, train_task, B, T, device, resume_state_dict=loader_state)
     step, consumed, val_bpb, stops = first_step, loader_state["consumed"] if loader_state else 0, None, 0
-    following = step_batches(plan, loader)
+    following = step_batches(plan, loader, sequences // B)
     last_save = time.monotonic()
 
     def save(finished=False):
@@ -306,8 +328,8 @@ def fine_tune(
                 "user_config": asdict(settings), "device_batch_size": B, "max_seq_len": T,
                 "total_batch_size": settings.total_batch_size,
                 "dataloader_state_dict": merge_conversation_states(gather_loader_states(loader_state)),
-                "loop_state": meter.state(), "fingerprint": fingerprint, "finished": finished,
-                "world_size": world_size, "tokenizer_fingerprint": tokenizer.fingerprint(),
+                "loop_state": meter.state(), "loss_scaler": scaler.state_dict(), "fingerprint": fingerprint,
+                "finished": finished, "world_size": world_size, "tokenizer_fingerprint": tokenizer.fingerprint(),
                 "base": {"model_tag": Path(plan.base_folder).name, "step": plan.base_step},
             },
             rank=rank,
@@ -342,28 +364,25 @@ def fine_tune(
             started = time.perf_counter()
             totals = torch.zeros(3, device=device)  # loss, how many were asked to stop, whether it is time to save
             batches, n_targets, consumed = following
-            for inputs, targets, state in batches:
-                loss = model(inputs, targets) * (state["targets"] / n_targets)
-                (loss * world_size).backward()  # the optimizer takes the mean over the processes; this is a sum
-                totals[0] += loss.detach()
-            loader_state = state
+            loader_state = batches[-1][2]
             multiplier = sft_lr_multiplier(settings, progress)
             set_schedules(optimizer, multiplier, muon_momentum(step), weight_decay=0.0)
-            optimizer.step()
-            model.zero_grad(set_to_none=True)
+            # The optimizer takes the mean over the processes and this is a sum, so each weight is times their number.
+            weighed = ((x, y, world_size * state["targets"] / n_targets) for x, y, state in batches)
+            totals[0] = training_step(model, optimizer, scaler, weighed)
             following_progress = sft_progress(plan, step + 1, consumed)
             if following_progress < 1:
-                following = step_batches(plan, loader)  # prepared while the device is busy
+                following = step_batches(plan, loader, sequences // B)  # prepared while the device is busy
             totals[1] = float(stop.requested)
             totals[2] = float(rank == 0 and time.monotonic() - last_save > AUTOSAVE_SECONDS)
             if is_ddp_initialized():
                 dist.all_reduce(totals)
-            train_loss, stops, save_is_due = totals.tolist()
+            loss_sum, stops, save_is_due = totals.tolist()
             synchronize(device)
             seconds = time.perf_counter() - started
 
             record = meter.record(
-                step, train_loss, seconds, progress, lr_multiplier=multiplier, epoch=epoch, val_bpb=val_bpb
+                step, loss_sum / world_size, seconds, progress, lr_multiplier=multiplier, epoch=epoch, val_bpb=val_bpb
             )
             if rank == 0:
                 log.append(record)

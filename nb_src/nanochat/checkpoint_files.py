@@ -21,13 +21,12 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-import torch.distributed as dist
 
 from nanochat.runtime import (
     UserError,
     atomic_path,
+    gather_numbers,
     get_dist_info,
-    is_ddp_initialized,
     print0,
     wait_for_everyone,
     write_atomic,
@@ -107,16 +106,6 @@ def full_disk_is_oserror():
                 raise OSError(errno.ENOSPC, "No space left on device") from error
             cause = cause.__cause__ or cause.__context__
         raise
-
-
-def gather_numbers(numbers: list[int]) -> list[list[int]]:
-    """The lists of all ranks, in their order. Every rank must call it, with lists of one length."""
-    if not is_ddp_initialized():
-        return [numbers]
-    mine = torch.tensor(numbers, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(rows, mine)
-    return [row.tolist() for row in rows]
 
 
 # %% [markdown]
@@ -278,6 +267,18 @@ def check_file(path: Path, meta: dict) -> None:
         )
 
 
+def load_optimizer_share(checkpoint_dir, step: int, meta: dict, rank: int, **how) -> dict:
+    """What one rank saved of the optimizer, read by torch.load with these options."""
+    path = checkpoint_path(checkpoint_dir, step, "optim", rank)
+    if not path.exists():
+        raise NoCheckpointError(
+            f"checkpoint {checkpoint_name(checkpoint_dir, step)} has no optimizer state for rank {rank} ({path.name} "
+            f"is missing). Go on from an older checkpoint: delete meta_{step:06d}.json beside it."
+        )
+    check_file(path, meta)
+    return torch.load(path, weights_only=True, **how)
+
+
 def load_checkpoint(checkpoint_dir, step: int, device, load_optimizer: bool = False, rank: int = 0):
     """(model_data, optimizer_data, meta) of one step, tensors on `device`.
 
@@ -296,16 +297,41 @@ def load_checkpoint(checkpoint_dir, step: int, device, load_optimizer: bool = Fa
     model_data = safetensors.torch.load_file(model_path, device=str(device))
     optimizer_data = None
     if load_optimizer:
-        optim_path = checkpoint_path(checkpoint_dir, step, "optim", rank)
-        if not optim_path.exists():
-            ranks = sum(file.startswith("optim_") for file in meta["files"])
-            raise NoCheckpointError(
-                f"checkpoint {name} has no optimizer state for rank {rank} ({optim_path.name} is missing). "
-                f"It was saved by {ranks} process{'es' * (ranks != 1)}; go on with as many."
-            )
-        check_file(optim_path, meta)
-        optimizer_data = torch.load(optim_path, map_location=device, weights_only=True)
+        optimizer_data = load_optimizer_share(checkpoint_dir, step, meta, rank, map_location=device)
     return model_data, optimizer_data, meta
+
+
+# %% [markdown]
+# ### `load_for_training`
+# To go on training, a process needs its share of the optimizer. When as many processes go on as have saved, that is
+# its own file. When there are more or fewer, everyone looks into all files and cuts out what is now theirs; the files
+# are mapped into memory, not read, so no process holds more than its share.
+
+
+# %%
+def saved_shares(meta: dict) -> int:
+    """How many processes saved their share of the optimizer in a checkpoint."""
+    return sum(name.startswith("optim_") for name in meta["files"])
+
+
+def load_for_training(checkpoint_dir, step: int, device, reshard) -> tuple[dict, dict]:
+    """(model_data, optimizer_data) with which this process goes on.
+
+    reshard: called when the checkpoint was saved by another number of processes, with the list of what all of them
+    saved of the optimizer, on the CPU, in the order of their ranks; returns what this one would have saved. Errors as
+    those of load_checkpoint.
+    """
+    _, rank, _, world_size = get_dist_info()
+    model_data, _, meta = load_checkpoint(checkpoint_dir, step, device)
+    shares = saved_shares(meta)
+    if shares == world_size:
+        return model_data, load_optimizer_share(checkpoint_dir, step, meta, rank, map_location=device)
+    name, plural = checkpoint_name(checkpoint_dir, step), "es" * (shares != 1)
+    print0(f"checkpoint {name} was saved by {shares} process{plural}; this run has {world_size} and shares it out anew")
+    everyone = range(max(shares, 1))
+    return model_data, reshard(
+        [load_optimizer_share(checkpoint_dir, step, meta, other, map_location="cpu", mmap=True) for other in everyone]
+    )
 
 
 # %% [markdown]

@@ -15,7 +15,6 @@
 # - Only a few positions of each text are scored, so only these go through the output head.
 
 # %%
-import copy
 import math
 import random
 import re
@@ -30,7 +29,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from nanochat.core_bundle import CoreTask, load_core_tasks
-from nanochat.engine import Engine, KVCache
+from nanochat.engine import Engine
 from nanochat.gpt import loss_chunk_rows
 from nanochat.runtime import UserError, get_dist_info, is_ddp_initialized, print0
 from nanochat.tokenizer import SPLIT_PATTERN
@@ -277,14 +276,6 @@ def span_after(sequence: ScoredSequence, offset: int = 0) -> tuple[list[int], li
     return sequence.tokens[offset : sequence.end - 1], sequence.tokens[sequence.start : sequence.end]
 
 
-def cache_of_rows(cache: KVCache, first: int, stop: int) -> KVCache:
-    """Some neighbouring rows of a cache, in place: what is written into one is in the other."""
-    part = copy.copy(cache)
-    part.k_cache, part.v_cache = cache.k_cache[:, first:stop], cache.v_cache[:, first:stop]
-    part.cache_seqlens = cache.cache_seqlens[first:stop]
-    return part
-
-
 def score_shared(model, questions: list[list[ScoredSequence]], shared: list[int], budget: int, device) -> list:
     """Mean losses of the sequences of questions whose first shared[i] tokens are the same in each of them."""
     room = max(max(len(s.tokens) for s in sequences) - n for sequences, n in zip(questions, shared, strict=True))
@@ -295,7 +286,7 @@ def score_shared(model, questions: list[list[ScoredSequence]], shared: list[int]
         beginnings = [sequences[0].tokens[:n] for sequences, n in zip(questions[rows], shared[rows], strict=True)]
         ids = padded_rows(beginnings).to(device)
         lengths = torch.tensor(shared[rows], device=device)
-        model.trunk(ids, cache_of_rows(cache, first, first + len(ids)), ends=lengths)  # its last layer only caches
+        model.trunk(ids, cache.part(first, first + len(ids)), ends=lengths)  # its last layer only caches
     losses = [[] for _ in questions]
     for turn in range(max(map(len, questions))):
         cache.set_lengths(shared)  # what the last round wrote is forgotten

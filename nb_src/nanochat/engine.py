@@ -134,7 +134,8 @@ def use_calculator(expression: str) -> int | float | None:
 # %% [markdown]
 # ### `KVCache`
 # One tensor each for the keys and the values of all layers, allocated once. The attention writes into it; how far it
-# is filled stands beside it, as the kernels want it: once for each row.
+# is filled stands beside it, once for each row, and twice: on the device, where the kernels want it, and in `lengths`,
+# because asking a GPU for a number means waiting until it has done everything else.
 
 
 # %%
@@ -146,16 +147,23 @@ class KVCache:
         self.k_cache = torch.zeros(shape, device=device, dtype=dtype)
         self.v_cache = torch.zeros(shape, device=device, dtype=dtype)
         self.cache_seqlens = torch.zeros(batch_size, device=device, dtype=torch.int32)
+        self.lengths = torch.zeros(batch_size, device="cpu", dtype=torch.int32)  # the same, without asking the device
+
+    def bounds(self) -> tuple[int, int]:
+        """How many tokens the emptiest and the fullest row hold."""
+        lengths = self.lengths.tolist()
+        return min(lengths), max(lengths)
 
     def longest(self) -> int:
         """How many tokens the fullest row holds."""
-        return int(self.cache_seqlens.max())
+        return self.bounds()[1]
 
     def get_pos(self) -> int:
         """How many tokens each row holds. Raises ValueError when they differ."""
-        if int(self.cache_seqlens.min()) != self.longest():
+        shortest, longest = self.bounds()
+        if shortest != longest:
             raise ValueError("the rows of this cache hold different numbers of tokens")
-        return self.longest()
+        return longest
 
     def get_layer_cache(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of one layer's keys and values, (B, seq_len, H_kv, D) each, for attention to read and write."""
@@ -164,22 +172,26 @@ class KVCache:
     def advance(self, n: int) -> None:
         """Count n more tokens. The model calls it once for each forward, when its last layer has written."""
         self.cache_seqlens += n
+        self.lengths += n
 
     def set_lengths(self, lengths) -> None:
         """Say how much of each row counts, (B,): after a forward over padded rows, or to forget what follows."""
-        self.cache_seqlens.copy_(torch.as_tensor(lengths, dtype=torch.int32))
+        self.lengths.copy_(torch.as_tensor(lengths, device="cpu"))
+        self.cache_seqlens.copy_(self.lengths)
 
     def reset(self) -> None:
         """Forget everything."""
-        self.set_lengths(torch.zeros_like(self.cache_seqlens))
+        self.set_lengths(0)
 
     def write_rows(self, rows, other: "KVCache", other_rows) -> None:
-        """Replace `rows` of this cache by `other_rows` of another one, both (n,)."""
-        device = self.k_cache.device
-        rows, other_rows = (torch.as_tensor(index, dtype=torch.long, device=device) for index in (rows, other_rows))
-        n = int(other.cache_seqlens[other_rows].max()) if len(other_rows) else 0
+        """Replace `rows` of this cache by `other_rows` of another one, both (n,) numbers."""
+        rows, other_rows = (torch.as_tensor(index, dtype=torch.long, device="cpu") for index in (rows, other_rows))
+        lengths = other.lengths[other_rows]
+        n = max(lengths.tolist(), default=0)
         if n > self.k_cache.size(2):
             raise ValueError(f"{n} tokens do not fit into a cache of {self.k_cache.size(2)}")
+        self.lengths[rows] = lengths
+        rows, other_rows = rows.to(self.k_cache.device), other_rows.to(self.k_cache.device)
         self.k_cache[:, rows, :n] = other.k_cache[:, other_rows, :n]
         self.v_cache[:, rows, :n] = other.v_cache[:, other_rows, :n]
         self.cache_seqlens[rows] = other.cache_seqlens[other_rows]
@@ -196,11 +208,11 @@ class KVCache:
             raise ValueError(f"a cache of shape {tuple(theirs)} does not fit into one of {tuple(ours)}")
         self.write_rows(range(ours[1]), other, range(ours[1]) if theirs[1] > 1 else [0] * ours[1])
 
-    def first_rows(self, n: int) -> "KVCache":
-        """The first n rows as a cache of their own that shares this one's memory."""
+    def part(self, first: int, stop: int) -> "KVCache":
+        """Neighbouring rows as a cache of their own that shares this one's memory."""
         part = copy.copy(self)
-        part.k_cache, part.v_cache = self.k_cache[:, :n], self.v_cache[:, :n]
-        part.cache_seqlens = self.cache_seqlens[:n]
+        part.k_cache, part.v_cache = self.k_cache[:, first:stop], self.v_cache[:, first:stop]
+        part.cache_seqlens, part.lengths = self.cache_seqlens[first:stop], self.lengths[first:stop]
         return part
 
 
@@ -367,7 +379,7 @@ class DecodeBatch:
         new = [i for i, row in enumerate(rows) if row.first_logits is not None]
         logits = torch.empty(len(rows), self.engine.model.config.vocab_size, device=device)
         if len(new) < len(rows):
-            cache = self.cache.first_rows(len(rows))
+            cache = self.cache.part(0, len(rows))
             # What a new row writes here, behind its prompt, is overwritten by its own first token.
             cache.set_lengths([len(row.prompt) + max(0, len(row.tokens) - 1) for row in rows])
             ids = torch.tensor([[row.tokens[-1] if row.tokens else 0] for row in rows], device=device)

@@ -12,10 +12,12 @@
 # %%
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from nanochat.attention import flash_attn
 from nanochat.optim import MuonAdamW
@@ -98,7 +100,12 @@ class Linear(nn.Linear):
 
 def norm(x):
     """RMS norm over the last dimension, without a learned scale."""
-    return F.rms_norm(x, (x.size(-1),))
+    return RMSNorm.apply(x) if memory_counts(x) else F.rms_norm(x, (x.size(-1),))
+
+
+def squared_relu(x):
+    """max(x, 0)², the nonlinearity of the MLP (So et al. 2021)."""
+    return SquaredReLU.apply(x) if memory_counts(x) else F.relu(x).square()
 
 
 def at_positions(x, positions):  # x (B or 1, T, ...), positions (B, n) -> (B, n, ...)
@@ -110,6 +117,52 @@ def apply_rotary_emb(x, cos, sin):  # x (B, T, H, D); cos and sin (1, T, 1, D/2)
     """Rotate the channel pairs (i, i + D/2) of each head by the angle of the position."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+
+
+# %% [markdown]
+# ### Derivatives from the result
+# For the backward pass PyTorch keeps what went *into* a norm and into a squared ReLU. The matrix product that follows
+# keeps its own input, which is what came *out*: the same numbers twice. Both derivatives can be had from the result as
+# well, at the same price, and 7 of the 18 numbers that a layer keeps for each token and channel are no longer needed
+# (`benchmarks/activation_memory.py`). Memory is scarce on GPUs only, and only compiled code can fuse the lines below.
+
+
+# %%
+def memory_counts(x) -> bool:
+    """Whether to derive from the result: compiled code on a GPU."""
+    return x.is_cuda and torch.compiler.is_compiling()
+
+
+class RMSNorm(torch.autograd.Function):
+    """`norm`, keeping its result y = x·r and one r for each row: dx = r·(dy − y·mean(dy·y))."""
+
+    @staticmethod
+    def forward(ctx, x):
+        r = (x.float().square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).rsqrt()
+        y = (x.float() * r).to(x.dtype)
+        ctx.save_for_backward(y, r)
+        return y
+
+    @staticmethod
+    def backward(ctx, y_grad):
+        y, r = ctx.saved_tensors
+        dy, wide_y = y_grad.float(), y.float()
+        return (r * (dy - wide_y * (dy * wide_y).mean(-1, keepdim=True))).to(y.dtype)
+
+
+class SquaredReLU(torch.autograd.Function):
+    """`squared_relu`, keeping its result y: dx = dy · 2√y, exactly max(x, 0) again after rounding."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = F.relu(x).square()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, y_grad):
+        (y,) = ctx.saved_tensors
+        return y_grad * (2 * y.sqrt())
 
 
 # %% [markdown]
@@ -157,8 +210,9 @@ class CausalSelfAttention(nn.Module):
             y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=window_size)
         else:
             y = flash_attn.flash_attn_with_kvcache(
-                q, k_cache, v_cache, k, v, kv_cache.cache_seqlens, causal=True, window_size=window_size
-            )
+                q, k_cache, v_cache, k, v, kv_cache.cache_seqlens, causal=True, window_size=window_size,
+                bounds=kv_cache.bounds(),
+            )  # fmt: skip
         return self.c_proj(y.flatten(2))
 
 
@@ -178,7 +232,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        return self.c_proj(squared_relu(self.c_fc(x)))
 
 
 class Block(nn.Module):
@@ -210,7 +264,7 @@ LOSS_CHUNK_ROWS = 512  # rows of logits alive at once; on a CPU 256 to 1024 are 
 
 def loss_chunk_rows(device: torch.device) -> int:
     """More on a GPU, which needs larger products to be busy (chosen, not measured)."""
-    return LOSS_CHUNK_ROWS if device.type == "cpu" else 8 * LOSS_CHUNK_ROWS
+    return LOSS_CHUNK_ROWS if device.type == "cpu" else 4 * LOSS_CHUNK_ROWS
 
 
 def capped_logits(logits, softcap: float):
@@ -225,27 +279,28 @@ def chunk_losses(logits, targets, softcap: float):  # (n, V) any float dtype, (n
     return (capped_logits(logits, softcap).exp().sum(1).log() - picked) * (targets >= 0)
 
 
-def chunk_losses_and_gradient(logits, targets, softcap: float, scale):
-    """`chunk_losses`, and the gradient of scale · their sum with respect to `logits`, in the dtype of `logits`."""
-    target_column, weight = targets.clamp(min=0)[:, None], (scale * (targets >= 0))[:, None]
+def chunk_losses_and_gradient(logits, targets, softcap: float):
+    """`chunk_losses`, and the gradient of their sum with respect to `logits`, in the dtype of `logits`."""
+    target_column, counts = targets.clamp(min=0)[:, None], (targets >= 0)[:, None]
     capped = capped_logits(logits, softcap)
     exponentials = capped.exp()
     total = exponentials.sum(1, keepdim=True)
     slope = 1 - (capped / softcap).square()  # derivative of the cap
-    gradient = (exponentials * slope * (weight / total)).to(logits.dtype)
+    gradient = (exponentials * slope * (counts / total)).to(logits.dtype)
     picked = capped_logits(logits.gather(1, target_column), softcap)
     picked_slope = 1 - (picked / softcap).square()
     # The target's entry is p - 1, written whole: subtracting 1 from a rounded p would lose the digits that matter.
-    picked_gradient = (picked.exp() / total - 1) * picked_slope * weight
+    picked_gradient = (picked.exp() / total - 1) * picked_slope * counts
     gradient = gradient.scatter(1, target_column, picked_gradient.to(logits.dtype))
-    return ((total.log() - picked) * (targets >= 0)[:, None])[:, 0], gradient
+    return ((total.log() - picked) * counts)[:, 0], gradient
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of a linear head with soft-capped logits, never holding more than a chunk of them.
 
     x (N, C), weight (V, C) fp32, targets (N,) with negatives ignored. Gradients are computed in the forward pass, while
-    the chunk is in the cache; backward only scales them.
+    the chunk is in the cache, as those of the sum: divided by the number of targets they would be too small for fp16.
+    Backward scales them in place, so it can run once.
     """
 
     @staticmethod
@@ -258,17 +313,18 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, x.size(0), chunk):
             rows = slice(start, start + chunk)
             logits = x[rows] @ fast_weight.T
-            losses, gradient = losses_and_gradient_of(logits, targets[rows], softcap, scale)
+            losses, gradient = losses_and_gradient_of(logits, targets[rows], softcap)
             total += losses.sum()
             x_grad[rows] = gradient @ fast_weight
             weight_grad += gradient.T @ x[rows]
-        ctx.save_for_backward(x_grad, weight_grad)
+        ctx.save_for_backward(x_grad, weight_grad, scale)
         return total * scale
 
     @staticmethod
     def backward(ctx, loss_grad):
-        x_grad, weight_grad = ctx.saved_tensors
-        return x_grad * loss_grad, weight_grad * loss_grad, None, None, None
+        x_grad, weight_grad, scale = ctx.saved_tensors
+        scale = (loss_grad * scale).view(1, 1)  # without dimensions a GPU would round it to the dtype of x
+        return x_grad.mul_(scale), weight_grad.mul_(scale), None, None, None
 
 
 # %% [markdown]
@@ -300,6 +356,7 @@ class GPT(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.compiled_shape, self.compiled = None, {}
+        self.recompute = False  # True: training keeps only each layer's input, and computes the rest again in backward
 
     def rotary_tables(self, length: int, device=None) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of position times frequency, (1, length, 1, D/2) in the compute dtype."""
@@ -328,7 +385,8 @@ class GPT(nn.Module):
         self.x0_lambdas.fill_(0.1)
         cos, sin = self.rotary_tables(10 * self.config.sequence_len, device=self.get_device())
         self.cos, self.sin = cos, sin
-        if self.get_device().type == "cuda":  # half the memory traffic for the largest tables; on a CPU it buys nothing
+        # Half the memory traffic for the largest tables; on a CPU it buys nothing, and fp16 is too narrow for updates.
+        if self.get_device().type == "cuda" and self.compute_dtype == torch.bfloat16:
             for table in (self.transformer["wte"], *self.value_embeds.values()):
                 table.to(self.compute_dtype)
 
@@ -340,6 +398,9 @@ class GPT(nn.Module):
 
         One block is compiled, not the whole model: layers share its code, so the wait does not grow with depth.
         """
+        # Of one function torch keeps eight compiled forms at most and then runs it as it is; one shape has up to eight:
+        # with or without value embedding, short or long window, training or evaluation.
+        torch.compiler.reset()
         self.compiled_shape = (batch_size, length)
         for function in (Block.forward, chunk_losses, chunk_losses_and_gradient):
             self.compiled[function] = torch.compile(function, dynamic=False)
@@ -367,6 +428,8 @@ class GPT(nn.Module):
             positions = kv_cache.cache_seqlens[:, None] + torch.arange(T, device=idx.device)  # (B, T)
             cos, sin = self.cos[0, positions], self.sin[0, positions]  # (B, T, 1, D/2)
         run_block = self.compiled_for(idx).get(Block.forward, Block.forward) if kv_cache is None else Block.forward
+        if self.recompute and kv_cache is None and torch.is_grad_enabled():
+            run_block = partial(recomputed, run_block, use_reentrant=False, preserve_rng_state=False)
         x0 = norm(self.transformer["wte"](idx).to(self.compute_dtype))
         x = x0.clone()  # one tensor under two names would be compiled as a case of its own
         for i, block in enumerate(self.transformer["h"]):

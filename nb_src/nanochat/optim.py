@@ -6,7 +6,8 @@
 # rarely point to are learned as fast as the common ones. All matrices of one shape are updated together, as one stack.
 #
 # The same class runs on one device and on many. With many, each process keeps the optimizer state of its share only
-# (ZeRO stage 2): gradients are averaged to their owner, the owner updates, and the new values are sent back.
+# (ZeRO stage 2): gradients are averaged to their owner, the owner updates, and the new values are sent back. What one
+# number of processes has saved, another can go on from: the shares are put together and cut anew.
 
 # %%
 import torch
@@ -78,6 +79,8 @@ def muon_step_fused(
     """
     momentum_buffer.lerp_(stacked_grads, 1 - momentum_t)
     direction = stacked_grads.lerp_(momentum_buffer, momentum_t)
+    if compute_dtype == torch.float16:  # its range ends at 6e-8, above the entries of many a gradient
+        direction = direction / direction.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-15)
     update = polar_express(direction.to(compute_dtype), ns_steps).to(stacked_params.dtype)
 
     m, n = update.shape[-2:]
@@ -162,11 +165,36 @@ class MuonAdamW(torch.optim.Optimizer):
                 work.wait()
             copy_back()
 
-    def update_adamw(self, p, values, grad, group) -> None:
-        """Update `values` (the parameter p, or this process's rows of it) with its gradient."""
+    @torch.no_grad()
+    def allocate_state(self) -> None:
+        """Create the state that the first step would create, so that the memory left is known before it."""
+        for group in self.param_groups:
+            if group["kind"] == "muon":
+                first, end = self.owned_rows(group["params"][0], group)
+                self.muon_state(group, end - first)
+            else:
+                for p in group["params"]:
+                    self.adamw_state(p, p[slice(*self.owned_rows(p, group))])
+
+    def adamw_state(self, p, values) -> dict:
+        """The state of `values` (the parameter p, or this process's rows of it), zeros at first."""
         state = self.state[p]
         if not state:
             state.update(step=0, exp_avg=torch.zeros_like(values), exp_avg_sq=torch.zeros_like(values))
+        return state
+
+    def muon_state(self, group, K: int) -> dict:
+        """The state of K matrices of the group, zeros at first; it lives under the group's first parameter."""
+        first = group["params"][0]
+        state, (m, n) = self.state[first], first.shape
+        if not state:
+            state["momentum_buffer"] = first.new_zeros(K, m, n)
+            state["second_momentum_buffer"] = first.new_zeros((K, m, 1) if m >= n else (K, 1, n))
+        return state
+
+    def update_adamw(self, p, values, grad, group) -> None:
+        """Update `values` (the parameter p, or this process's rows of it) with its gradient."""
+        state = self.adamw_state(p, values)
         state["step"] += 1
         kernel = self.adamw_kernel if values.numel() >= SMALL_PARAMETER else adamw_step_fused
         numbers = (state["step"], group["lr"], *group["betas"], group["eps"], group["weight_decay"])
@@ -181,16 +209,44 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def update_muon_stack(self, group, stacked, grads) -> None:
         """Update `stacked` (K, m, n) in place; the state lives under the group's first parameter."""
-        state = self.state[group["params"][0]]
-        K, m, n = stacked.shape
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(stacked)
-            state["second_momentum_buffer"] = stacked.new_zeros((K, m, 1) if m >= n else (K, 1, n))
+        state = self.muon_state(group, len(stacked))
         numbers = (group["momentum"], group["lr"], group["weight_decay"], group["beta2"] or 0.0)
         self.muon_kernel(
             grads, stacked, state["momentum_buffer"], state["second_momentum_buffer"],
             *(torch.tensor(float(x)) for x in numbers), group["ns_steps"], self.compute_dtype,
         )  # fmt: skip
+
+    def owned_rows(self, p, group) -> tuple[int, int]:
+        """(first, end) of the rows of p, or of the matrices of a muon group, whose state is here; the end may be
+        beyond the last, where the state is padded."""
+        if group["kind"] == "adamw" and (self.world_size == 1 or p.numel() < SMALL_PARAMETER):
+            return 0, p.size(0)
+        rows = p.size(0) if group["kind"] == "adamw" else len(group["params"])
+        share = -(-rows // self.world_size)
+        return self.rank * share, (self.rank + 1) * share
+
+    def reshard(self, shares: list[dict]) -> dict:
+        """The state_dict of this process, cut from what any other number of processes saved.
+
+        shares: the state_dicts of all of them, in the order of their ranks, on the CPU.
+        """
+        places = [(p, group) for group in self.param_groups for p in group["params"]]  # as state_dict numbers them
+        state = {}
+        for number in shares[0]["state"]:  # the first process has a part of everything
+            p, group = places[number]
+            rows = p.size(0) if group["kind"] == "adamw" else len(group["params"])
+            first, end = self.owned_rows(p, group)
+            if first == end:
+                continue
+            parts = [share["state"][number] for share in shares if number in share["state"]]
+            state[number] = dict(parts[0])
+            for name, value in parts[0].items():
+                if torch.is_tensor(value):
+                    whole = torch.cat([part[name] for part in parts])[:rows]  # without padding and further copies
+                    mine = whole[first:end]
+                    state[number][name] = mine.new_zeros(end - first, *mine.shape[1:])
+                    state[number][name][: len(mine)] = mine
+        return {"state": state, "param_groups": shares[0]["param_groups"]}
 
     def start_adamw_reduction(self, p):
         """Begin to average the gradient: whole for a small parameter, this process's rows of a large one."""

@@ -9,10 +9,11 @@
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from nanochat.device_batch import starting_device_batch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import UserError, device_name_of, get_base_dir, get_dist_info, get_peak_flops
 
@@ -34,7 +35,7 @@ class PretrainSettings:
     num_iterations: int  # first of these three that is positive decides the horizon
     target_flops: float
     target_param_data_ratio: float  # tokens for each scaling parameter
-    device_batch_size: int  # sequences in one forward pass
+    device_batch_size: int  # sequences in one forward pass, at the most; -1: as many as the memory holds
     total_batch_size: int  # tokens in one optimizer step
     embedding_lr: float
     unembedding_lr: float
@@ -56,6 +57,23 @@ class PretrainSettings:
     def checkpoint_dir(self) -> str:
         return os.path.join(get_base_dir(), "base_checkpoints", self.model_tag or f"d{self.depth}")
 
+
+# %% [markdown]
+# ### `TrainingOptions`
+# What costs or saves time and memory, and leaves the result alone.
+
+
+# %%
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How a training is computed. None of it changes what is learned by more than rounding."""
+
+    compile: bool = True
+    recompute: bool = False  # activations again in the backward pass, instead of keeping them
+    fp8: bool = False  # products of the large matrices
+
+
+DEFAULT_OPTIONS = TrainingOptions()
 
 # %% [markdown]
 # ### `plan_pretraining`
@@ -127,8 +145,14 @@ def accumulation_steps(name: str, total: int, device_batch_size: int, seq_len: i
     return total // pass_tokens
 
 
-def plan_pretraining(settings: PretrainSettings, vocab_size: int) -> PretrainPlan:
-    """Work out model, horizon and batch; UserError when they do not fit together."""
+def plan_pretraining(
+    settings: PretrainSettings, vocab_size: int, processes: int | None = None, device="cpu",
+    compute_dtype: torch.dtype = torch.float32, recompute: bool = False,
+) -> PretrainPlan:  # fmt: skip
+    """Work out model, horizon and batch; UserError when they do not fit together.
+
+    processes: that will train; None for those that there are. The last three are for a device batch of -1.
+    """
     if settings.depth < 1:
         raise UserError(f"depth is {settings.depth}; a model needs at least 1 layer.")
     config = model_config_of(settings, vocab_size, settings.depth)
@@ -149,8 +173,14 @@ def plan_pretraining(settings: PretrainSettings, vocab_size: int) -> PretrainPla
             )
         reference_tokens = settings.target_param_data_ratio * reference_params
         batch = 2 ** round(math.log2(REFERENCE_BATCH * (target_tokens / reference_tokens) ** 0.383))
-    world_size = get_dist_info()[3]
+    world_size = processes or get_dist_info()[3]
     check_shares(config, world_size)
+    if settings.device_batch_size == -1:
+        sequences = max(1, batch // (settings.max_seq_len * world_size))
+        largest = starting_device_batch(
+            config, parameters["total"], sequences, compute_dtype, torch.device(device), recompute
+        )
+        settings = replace(settings, device_batch_size=largest)
     gradient_accumulation = accumulation_steps(
         "total_batch_size", batch, settings.device_batch_size, settings.max_seq_len, world_size
     )

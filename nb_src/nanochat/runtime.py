@@ -12,8 +12,10 @@ import ctypes
 import errno
 import os
 import shutil
+import socket
 import sys
 import tempfile
+import time
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn  # before a process group exists: its functions would hold on to it, and abort at exit
 from filelock import FileLock, Timeout
+from torch.distributed.distributed_c10d import _get_default_store
 
 # %% [markdown]
 # ### `UserError`
@@ -41,13 +44,28 @@ class UserError(Exception):
         return [f"✗ {self}"]
 
 
+# What gloo, NCCL and the rendezvous say when a process on the other end is gone.
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection was likely closed",
+             "remote process exited")  # fmt: skip
+
+
 def show_user_errors_plainly() -> None:
-    """Make an uncaught `UserError` end a script with its sentence and exit status 1, without a traceback."""
+    """Make an uncaught `UserError` end a script with its sentence and exit status 1, without a traceback.
+
+    The same for the loss of another process, which is no fault of this one.
+    """
     previous_hook = sys.excepthook
 
     def hook(kind, error, traceback):
+        lost = [words for words in LOST_PEER if words in str(error)] if issubclass(kind, RuntimeError) else []
         if issubclass(kind, UserError):
             print(f"✗ {error}", file=sys.stderr)
+        elif lost and is_ddp_requested():
+            print(
+                f"✗ rank {get_dist_info()[1]} lost another process and ends too ({lost[0]}). Why that one ended is in "
+                "its own output, or in the launcher's. Run again to go on from the last checkpoint.",
+                file=sys.stderr,
+            )
         else:
             previous_hook(kind, error, traceback)
 
@@ -75,6 +93,13 @@ def get_dist_info() -> tuple[bool, int, int, int]:
     if not is_ddp_requested():
         return False, 0, 0, 1
     return True, *(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on at the moment, for processes to find each other."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
 
 
 def print0(s="", **kwargs) -> None:
@@ -195,9 +220,9 @@ def download_file_with_lock(url: str, filename: str, postprocess_fn=None) -> str
 
 # %% [markdown]
 # ### Device and precision
-# bf16 wherever the hardware multiplies it natively, fp32 elsewhere. A T4 claims to support bf16 and emulates it many
-# times slower, so the answer comes from the compute capability. Recent server CPUs have bf16 instructions too and
-# double their speed with them.
+# bf16 wherever the hardware multiplies it natively. A T4 claims to support bf16 and emulates it many times slower, so
+# the answer comes from the compute capability: V100 and T4 have tensor cores for fp16 alone. Everything else computes
+# in fp32, apart from recent server CPUs, which have bf16 instructions too and double their speed with them.
 
 
 # %%
@@ -217,24 +242,31 @@ def cpu_has_native_bf16() -> bool:
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
 
 
-def choose_compute_dtype(device_type: str) -> tuple[torch.dtype, str]:
-    """The dtype of matrix products, and the reason. `NANOCHAT_DTYPE` (bfloat16 or float32) decides when it is set."""
+def choose_compute_dtype(device_type: str, allow_float16: bool = True) -> tuple[torch.dtype, str]:
+    """The dtype of matrix products, and the reason. `NANOCHAT_DTYPE` decides when it is set.
+
+    allow_float16: False for a training without a `LossScaler`, whose gradients would vanish in fp16.
+    """
     requested = os.environ.get("NANOCHAT_DTYPE", "")
     if requested:
-        if requested not in ("bfloat16", "float32"):
-            raise UserError(f"NANOCHAT_DTYPE is {requested!r}; it can be bfloat16 or float32.")
+        known = ("bfloat16", "float16", "float32") if allow_float16 else ("bfloat16", "float32")
+        if requested not in known:
+            raise UserError(f"NANOCHAT_DTYPE is {requested!r}; it can be {', '.join(known[:-1])} or {known[-1]} here.")
         return getattr(torch, requested), "set by NANOCHAT_DTYPE"
     if device_type == "cuda":
         major, minor = torch.cuda.get_device_capability()
         if (major, minor) >= (8, 0):
             return torch.bfloat16, f"compute capability {major}.{minor} has bf16 tensor cores"
+        if major == 7 and allow_float16:
+            return torch.float16, f"compute capability {major}.{minor} has tensor cores for fp16 and emulates bf16"
         return torch.float32, f"compute capability {major}.{minor} only emulates bf16"
     if device_type == "cpu" and cpu_has_native_bf16():
         return torch.bfloat16, "this CPU has bf16 instructions"
     return torch.float32, f"no native bf16 on this {device_type}"
 
 
-RANK0_PATIENCE = timedelta(hours=3)  # the others wait at a barrier while rank 0 downloads
+RANK0_PATIENCE = timedelta(hours=3)  # the others wait while rank 0 downloads
+NCCL_PATIENCE = timedelta(minutes=30)  # NCCL may not notice that a process on another machine has died
 
 
 def keep_freed_memory() -> None:
@@ -275,7 +307,7 @@ def compute_init(device_type: str = "cuda") -> tuple[bool, int, int, int, torch.
             torch.cuda.set_device(device)
     if ddp and not is_ddp_initialized():
         if device_type == "cuda":
-            dist.init_process_group("nccl", device_id=device, timeout=RANK0_PATIENCE)
+            dist.init_process_group("nccl", device_id=device, timeout=NCCL_PATIENCE)
         else:
             dist.init_process_group("gloo", timeout=RANK0_PATIENCE)
         dist.barrier()
@@ -291,8 +323,16 @@ def compute_cleanup() -> None:
 
 def wait_for_everyone() -> None:
     """A barrier when there are several processes; nothing otherwise."""
-    if is_ddp_initialized():
-        dist.barrier()
+    if not is_ddp_initialized():
+        return
+    if dist.get_backend() != "nccl":
+        dist.barrier()  # fails at once when another process dies
+        return
+    store = _get_default_store()  # a barrier of NCCL would have to be as patient as everything else that uses it
+    turn = store.add(f"waits of rank {dist.get_rank()}", 1)
+    if store.add(f"arrived at {turn}", 1) == dist.get_world_size():
+        store.set(f"go on from {turn}", "")
+    store.wait([f"go on from {turn}"], RANK0_PATIENCE)
 
 
 @contextmanager
@@ -303,6 +343,46 @@ def rank0_first():
     yield
     if get_dist_info()[1] == 0:
         wait_for_everyone()
+
+
+def gather_numbers(numbers: list[int]) -> list[list[int]]:
+    """The lists of all ranks, in their order. Every rank must call it, with lists of one length."""
+    if not is_ddp_initialized():
+        return [numbers]
+    mine = torch.tensor(numbers, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, mine)
+    return [row.tolist() for row in rows]
+
+
+# %% [markdown]
+# ### `require_shared_base_dir`
+# On several machines the base directory must lie on a disk that all of them see. If it does not, the second machine
+# finds no data, and half of every checkpoint is lost; so look before anything starts.
+
+
+# %%
+def require_shared_base_dir() -> None:
+    """UserError, on every rank, unless all processes see the same base directory. Every rank must call it."""
+    if not is_ddp_initialized():
+        return
+    folder, names = get_base_dir(), [""]
+    if dist.get_rank() == 0:
+        handle, names[0] = tempfile.mkstemp(dir=folder, prefix=".shared-")
+        os.close(handle)
+    dist.broadcast_object_list(names)
+    path, deadline = Path(folder) / Path(names[0]).name, time.monotonic() + 5  # a network disk may lag behind
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    sights = gather_numbers([int(path.exists())])
+    if dist.get_rank() == 0:
+        path.unlink()
+    blind = [str(rank) for rank, (sees,) in enumerate(sights) if not sees]
+    if blind:
+        raise UserError(
+            f"rank {', '.join(blind)} does not see the files that rank 0 writes to its base directory. Point "
+            "NANOCHAT_BASE_DIR (or base_dir) of all machines at one folder on a disk that they share."
+        )
 
 
 # %% [markdown]
@@ -319,6 +399,7 @@ PEAK_TFLOPS = (
     (("l40s",), 362), (("l40-s",), 362), (("l40 s",), 362), (("l4",), 121),
     (("mi355",), 2500), (("mi325",), 1307.4), (("mi300x",), 1307.4), (("mi300a",), 980.6), (("mi250x",), 383),
     (("mi250",), 362.1), (("5090",), 209.5), (("4090",), 165.2), (("3090",), 71),
+    (("tesla t4",), 65), (("v100",), 125),  # in fp16: these two have no bf16
 )  # fmt: skip
 
 
@@ -345,3 +426,9 @@ def device_name_of(device: torch.device) -> str:
     except (OSError, StopIteration):
         model = "CPU"
     return f"{model}, {torch.get_num_threads()} threads"
+
+
+def devices_in_use(device: torch.device, processes: int) -> str:
+    """What a table says of the devices: how many, which, and how many of this machine are left idle."""
+    text, visible = f"{processes} × {device_name_of(device)}", torch.cuda.device_count() if device.type == "cuda" else 0
+    return text if visible <= processes else f"{text}; {visible} are here, and torchrun would use them"

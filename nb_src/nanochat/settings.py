@@ -12,8 +12,8 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from nanochat.parameters import is_given, parse_arguments, typed_value
-from nanochat.runtime import UserError
+from nanochat.parameters import command_line, is_given, parse_arguments, typed_value
+from nanochat.runtime import UserError, get_dist_info, print0
 
 # %% [markdown]
 # ### `PRESETS`
@@ -24,7 +24,7 @@ from nanochat.runtime import UserError
 D12_RUN = dict(
     data_source="fineweb-edu", train_shards=-1, vocab_size=32768, tokenizer_max_chars=2_000_000_000,
     tokenizer_doc_cap=10_000, depth=12, aspect_ratio=64, head_dim=128, max_seq_len=2048, window_pattern="SSSL",
-    num_iterations=-1, target_flops=-1.0, target_param_data_ratio=8.5, device_batch_size=16, total_batch_size=-1,
+    num_iterations=-1, target_flops=-1.0, target_param_data_ratio=8.5, device_batch_size=-1, total_batch_size=-1,
     embedding_lr=0.3, unembedding_lr=0.004, matrix_lr=0.02, scalar_lr=0.5, weight_decay=0.2, adam_beta1=0.8,
     adam_beta2=0.95, warmup_ratio=0.0, warmdown_ratio=0.5, final_lr_frac=0.0, eval_every=250, eval_tokens=40 * 524288,
     sample_every=-1, save_every=-1, eval_split_tokens=40 * 524288, core_max_per_task=0,
@@ -35,10 +35,10 @@ D12_RUN = dict(
 )  # fmt: skip
 PRESETS = {
     "a100": D12_RUN,
-    "h100": D12_RUN | dict(device_batch_size=32),
-    # No bf16 on a T4: fp32 products, full windows and a small model. Never run on one yet.
+    "h100": D12_RUN,
+    # No bf16 on a T4: fp16 products, full windows and a small model. Never run on one yet.
     "t4": D12_RUN | dict(
-        depth=4, max_seq_len=1024, window_pattern="L", device_batch_size=16, total_batch_size=65536, vocab_size=16384,
+        depth=4, max_seq_len=1024, window_pattern="L", total_batch_size=65536, vocab_size=16384,
         tokenizer_max_chars=500_000_000, eval_tokens=20 * 65536, eval_split_tokens=20 * 65536,
         sft_eval_tokens=10 * 65536,
     ),
@@ -71,7 +71,8 @@ PARAMETER_TYPES = dict(
     chat_tasks=str, max_problems=int, base_max_problems=int, chat_batch_size=int, chat_max_new_tokens=int,
     chat_temperature=float, chat_num_samples=int, allow_weak_sandbox=bool, skip=str,
     hub_repo=str, hub_public=bool, upload_checkpoint=bool, weights_license=str,
-    model_tag=str, attention=str, torch_compile=bool, run=str, price_per_hour=float,
+    model_tag=str, attention=str, torch_compile=bool, recompute=bool, fp8=bool, processes=int, run=str,
+    price_per_hour=float,
 )  # fmt: skip
 MAY_BE_ZERO = {"warmup_ratio", "warmdown_ratio", "final_lr_frac", "weight_decay", "adam_beta1", "adam_beta2",
                "eval_every", "sample_every", "save_every", "price_per_hour", "core_max_per_task", "sft_num_iterations",
@@ -159,3 +160,40 @@ def choose_preset(name: str) -> str:
         return "cpu"
     major, _ = torch.cuda.get_device_capability()
     return "h100" if major >= 9 else "a100" if major == 8 else "t4"
+
+
+# %% [markdown]
+# ### `processes_to_train`
+# Eight GPUs are eight processes. A script trains alone or with those that `torchrun` started beside it; only a notebook
+# starts more.
+
+
+# %%
+def processes_to_train(requested: int, device_type: str) -> int:
+    """How many processes will train; this one alone is 1.
+
+    requested: the parameter `processes`; -1 is the most GPUs that a power of two allows. Raises UserError for a number
+    that cannot be had.
+    """
+    started_by_torchrun, _, _, world_size = get_dist_info()
+    if started_by_torchrun:
+        if requested not in (-1, world_size):
+            raise UserError(f"processes is {requested} and {world_size} were started. Leave it at -1 under torchrun.")
+        return world_size
+    visible = torch.cuda.device_count() if device_type == "cuda" else 1
+    fitting = 2 ** (visible.bit_length() - 1)
+    if command_line() is not None:
+        if max(requested, fitting) > 1:
+            count = fitting if requested == -1 else requested
+            sentence = f"start it with torchrun --standalone --nproc_per_node={count}"
+            if requested > 1:
+                raise UserError(f"processes is {requested} and a script is one process; {sentence}.")
+            print0(f"This script trains on one of {visible} GPUs; to train on {count}, {sentence}.")
+        return 1
+    if requested == -1:
+        if fitting < visible:
+            print0(f"Training on {fitting} of {visible} GPUs: batch and tables divide over a power of two.")
+        return fitting
+    if requested > visible and device_type != "cpu":
+        raise UserError(f"processes is {requested} and there is {visible} {device_type} device. Ask for fewer, or -1.")
+    return requested

@@ -143,15 +143,21 @@ class ConversationLanes:
         self, tokenizer, task, capacity: int, rank: int = 0, world_size: int = 1, buffer_size: int = 100,
         repeat: bool = True, state: dict | None = None,
     ):  # fmt: skip
-        """Raises UserError when `state` has not the lanes that this process needs."""
+        """Raises UserError when the processes cannot share the lanes, or `state` does not have all of them."""
         self.rank, self.world_size = rank, world_size
-        self.lanes = choose_conversation_lanes(len(task), world_size)
+        self.lanes = state["lanes"] if state else choose_conversation_lanes(len(task), world_size)
+        if self.lanes % world_size:
+            divisors = ", ".join(str(count) for count in range(1, self.lanes + 1) if self.lanes % count == 0)
+            raise UserError(
+                f"the conversations of this run are dealt to {self.lanes} lanes, which {world_size} processes cannot "
+                f"share evenly. Use a number of processes that can: {divisors}."
+            )
         self.row = state["row"] if state else 0
         mine = [lane for lane in range(self.lanes) if (lane - self.row - rank) % world_size == 0]
-        if state and (state["lanes"] != self.lanes or not {str(lane) for lane in mine} <= set(state["packers"])):
+        if state and not {str(lane) for lane in mine} <= set(state["packers"]):
             raise UserError(
-                "the saved position in the conversations does not fit this task and number of processes, so the "
-                "run cannot continue where it stopped. Start it anew."
+                "the saved position in the conversations is that of one process of several, so the run cannot "
+                "continue where it stopped. Start it anew."
             )
         self.packers = {
             lane: ConversationPacker(

@@ -136,13 +136,14 @@ WANDB_INIT_SECONDS = 30  # how long the server may take to answer before the run
 def open_tracker(run: str, project: str, config: dict, rank: int = 0):
     """A tracker with `log(dict)` and `finish()`.
 
-    run: the name shown in Weights & Biases; "" or "dummy" turns tracking off, as any rank but 0 does.
+    run: the name shown in Weights & Biases; "" or "dummy" turns tracking off, as any rank but 0 and
+    WANDB_MODE=disabled do.
     config: what defines this training. Opening again with the same run, project and config continues the same run, so
     leave out what differs between a start and a resume.
     With a WANDB_API_KEY the run is online; without one, or when the server does not accept it, offline in
     `<base>/wandb`. Raises UserError when tracking is wanted and the client is not installed.
     """
-    if run in ("", "dummy") or rank != 0:
+    if run in ("", "dummy") or rank != 0 or os.environ.get("WANDB_MODE") == "disabled":
         return DummyWandb()
     try:
         import wandb

@@ -58,6 +58,7 @@ class TrainRecord:
     progress: float | None = None  # 0 to 1, how much of the run came before this step
     replayed: bool = False  # read from the log of an earlier run, not computed now
     wall_seconds: float = 0.0  # by the clock, compiling, evaluating and saving included, over all processes
+    peak_memory_bytes: int | None = None  # of rank 0's GPU, in the last record
 
 
 class TrainLog:
@@ -106,7 +107,7 @@ class TrainMeter:
     """Adds up what the records of a run tell; `state` goes into the checkpoints and back into the next meter."""
 
     def __init__(self, device: torch.device, tokens_per_step: int, flops_per_step: int, state: dict | None = None):
-        self.tokens_per_step, self.flops_per_step = tokens_per_step, flops_per_step
+        self.device, self.tokens_per_step, self.flops_per_step = device, tokens_per_step, flops_per_step
         self.peak_flops = get_peak_flops(device_name_of(device)) * get_dist_info()[3]
         state = state or {"min_val_bpb": None, "smooth_train_loss": 0.0, "total_training_time": 0.0}
         self.min_val_bpb = math.inf if state["min_val_bpb"] is None else state["min_val_bpb"]
@@ -158,6 +159,7 @@ class TrainMeter:
             step, None, smoothed(self.ema_loss, step), 0.0, 0.0, 0.0, None, epoch, self.total_seconds, 0.0,
             self.flops_per_step * step, val_bpb, samples, progress=1.0,
             wall_seconds=time.time() - self.wall_clock_began,
+            peak_memory_bytes=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None,
         )  # fmt: skip
 
 
@@ -198,10 +200,11 @@ class StopRequest:
 
 
 # %%
-def find_resumable(folder: str, fingerprint: str, world_size: int) -> tuple[int, dict | None]:
+def find_resumable(folder: str, fingerprint: str) -> tuple[int, dict | None]:
     """(step, meta) of the newest complete checkpoint that fits; (0, None) to start afresh.
 
-    A model trained with other settings is not overwritten: its folder is moved aside first.
+    How many processes saved it does not matter. A model trained with other settings is not overwritten: its folder is
+    moved aside first. Every rank must call it.
     """
     wait_for_everyone()
     try:
@@ -218,11 +221,6 @@ def find_resumable(folder: str, fingerprint: str, world_size: int) -> tuple[int,
         wait_for_everyone()
         print0(f"{Path(folder).name} was trained with other settings or data; it is kept as {Path(aside).name}")
         return 0, None
-    if meta["world_size"] != world_size and step and not meta.get("finished"):
-        raise UserError(
-            f"checkpoint {Path(folder).name} was written by {meta['world_size']} processes and this run has "
-            f"{world_size}. Start {meta['world_size']}, or give this run another name (model_tag, run_id)."
-        )
     return step, meta
 
 
@@ -284,7 +282,7 @@ def collector_on_call():
 
 
 # %%
-def summarize_training(records: list[TrainRecord], device: torch.device, price_per_hour: float = 0.0) -> dict:
+def summarize_training(records: list[TrainRecord], price_per_hour: float = 0.0) -> dict:
     """Best and last bits per byte, FLOPs, minutes, and where known MFU, GPU memory and price. Spec section 14.6."""
     evaluations = [record.val_bpb for record in records if record.val_bpb is not None]
     speeds = sorted(record.tokens_per_second for record in records if record.loss is not None)
@@ -299,8 +297,8 @@ def summarize_training(records: list[TrainRecord], device: torch.device, price_p
     }
     if utilisations:
         summary["MFU %"] = 100 * utilisations[len(utilisations) // 2]
-    if device.type == "cuda":
-        summary["Peak memory usage"] = f"{torch.cuda.max_memory_allocated(device) / 2**20:.2f}MiB"
+    if last.peak_memory_bytes:
+        summary["Peak memory usage"] = f"{last.peak_memory_bytes / 2**20:.2f}MiB"
     if price_per_hour:
         summary["Price of the training"] = f"${price_per_hour * last.total_seconds / 3600:.2f}"
     return summary

@@ -418,6 +418,21 @@ def test_finished_run_opens_with_more_processes(data, tmp_path):
     assert ends == 2 * [[checksum(run.model.state_dict()), checksum(run.ema.shadow)]]
 
 
+def test_two_processes_go_on_where_one_stopped(data, tmp_path):
+    """A run that dies on one GPU and can only be continued on one, or loses its momenta on two."""
+    whole, part = (TinyRun(data, iterations=8, save_every=0, val_loss_every=4) for _ in range(2))
+    expected = [[r.loss, r.val_loss, r.val_bpb] for r in whole.records(tmp_path / "whole")]
+    with pytest.raises(KeyboardInterrupt):
+        for record in part.records(tmp_path / "2" / "plain"):
+            if record.step == 3:
+                signal.raise_signal(signal.SIGINT)
+    ends = [json.loads(out)["plain"] for out in run_ranks(RANKS, HERE, data, tmp_path / "2", 0, world_size=2)]
+    assert ends[0][1:] == ends[1][1:]  # only the first replays what was before
+    assert len(list((tmp_path / "2" / "plain").glob("optim_000008_rank*.pt"))) == 2
+    for row, want in zip(ends[0][0], expected, strict=True):
+        assert row == [None if value is None else pytest.approx(value, rel=2e-5) for value in want]
+
+
 def test_slow_process_stops_all_at_one_step(ranks):
     """Each by its own clock: the fast one takes a sixth step and waits in it forever."""
     fast, slow = (rank["slow"] for rank in ranks[2])

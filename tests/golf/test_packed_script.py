@@ -15,7 +15,6 @@ import pytest
 import nb_convert
 from golf.packed_script import (
     canonical_source,
-    notebook_program,
     pack_script,
     program_of_file,
     running_program,
@@ -168,27 +167,7 @@ def test_reading_a_packed_script_runs_nothing(tmp_path):
     assert not mark.exists()
 
 
-# ---- the program of a notebook
-
-
-def test_edited_and_repeated_cells():
-    """A notebook whose script trains twice, or keeps the version of a function that was found wrong."""
-    cells = [
-        "",
-        "depth = 2\nname = ''",
-        "# Parameters\ndepth = 3\n",
-        "def f():\n    return 1",
-        "x = f()",
-        "%pip install something",
-        "await f()",
-        "x = x + 1",
-        "def f():\n    return 2",  # corrected
-        "x = f()",  # and run again
-        "depth = 4\nname = ''",
-        "def f():\n    return 1",  # changed back
-    ]
-    expected = "depth = 4\nname = ''\ndef f():\n    return 1\nx = f()\nx = x + 1"
-    assert canonical_source(notebook_program(cells)) == canonical_source(expected)
+# ---- the running program
 
 
 SPINE = """\
@@ -212,6 +191,7 @@ source_hash = "{{source_hash}}"
 # %%
 from nanochat.runtime import UserError
 from golf.greeting import greeting
+from nanochat.notebook_program import program_so_far
 from golf.packed_script import pack_script, running_program
 
 # %%
@@ -276,7 +256,8 @@ def project(tmp_path):
     }.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
-    shutil.copy(REPOSITORY / "nb_src/golf/packed_script.py", root / "nb_src/golf")
+    for chapter in ("golf/packed_script.py", "nanochat/notebook_program.py"):
+        shutil.copy(REPOSITORY / "nb_src" / chapter, root / "nb_src" / chapter)
     (root / "tools").mkdir()
     for path in (REPOSITORY / "tools").glob("nb_*.py"):
         shutil.copy(path, root / "tools")

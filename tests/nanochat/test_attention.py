@@ -3,6 +3,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from attention_reference import random_qkv, reference_attention
 from nanochat.attention import (
     CPU_QUERY_BLOCK,
     AttentionBackend,
@@ -14,36 +15,14 @@ from nanochat.attention import (
     sdpa_attention,
     sdpa_with_kvcache,
 )
-from nanochat.runtime import UserError
+from nanochat.engine import KVCache
+from nanochat.gpt import GPT, GPTConfig
 
 BLOCK = CPU_QUERY_BLOCK
 TOLERANCE = dict(atol=2e-5, rtol=1e-4)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def reference_attention(q, k, v, left, first_position=0):
-    """Spec 1.3, one query at a time in float64. q (B, Tq, H, D) from first_position on; k, v (B, Tk, H_kv, D)."""
-    q, k, v = q.double(), k.double(), v.double()
-    share = q.size(2) // k.size(2)  # heads that read one key-value head
-    k, v = (x.repeat_interleave(share, dim=2) for x in (k, v))
-    rows = []
-    for i in range(q.size(1)):
-        position = first_position + i
-        oldest = 0 if left < 0 else max(0, position - left)
-        scores = torch.einsum("bhd,bkhd->bhk", q[:, i], k[:, oldest : position + 1]) / q.size(-1) ** 0.5
-        rows.append(torch.einsum("bhk,bkhd->bhd", scores.softmax(-1), v[:, oldest : position + 1]))
-    return torch.stack(rows, 1)
-
-
-def random_qkv(seed, B, Tq, Tk, H, H_kv, D):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(T, heads):
-        return torch.randn(B, T, heads, D, generator=generator)
-
-    return draw(Tq, H), draw(Tk, H_kv), draw(Tk, H_kv)
 
 
 @st.composite
@@ -219,53 +198,52 @@ def test_looking_forward_is_refused():
         flash_attn.flash_attn_with_kvcache(q, k, v, cache_seqlens=torch.zeros(1, dtype=torch.int32))
 
 
-def backend(name, devices, answer=None):
-    return AttentionBackend(
-        name, lambda *a: answer, lambda *a: answer, lambda device, dtype: device in devices and dtype == torch.bfloat16
-    )
-
-
-def any_device(name):
-    return AttentionBackend(name, sdpa_attention, sdpa_with_kvcache, lambda device, dtype: True)
-
-
-def test_a_registered_backend_is_preferred_where_it_can_run():
-    """A faster kernel that signs in and is never used, or is used where it cannot run (fp32, CPU)."""
-    attention = FlashAttention(any_device("sdpa"))
-    attention.register(backend("flash", ("cuda",), answer="flash was here"))
-    assert attention.select("cuda", torch.bfloat16) == "flash"
+def test_the_backend_in_use_answers_and_no_other():
+    """A kernel that was chosen and is not called, or only in training; or one that is called before any choice."""
+    attention = FlashAttention(AttentionBackend("sdpa", sdpa_attention, sdpa_with_kvcache))
     q, k, v = random_qkv(0, 1, 2, 2, 1, 1, 4)
-    assert attention.flash_attn_func(q, k, v, causal=True) == "flash was here"
     seqlens = torch.zeros(1, dtype=torch.int32)
-    assert attention.flash_attn_with_kvcache(q, k, v, k, v, seqlens, causal=True) == "flash was here"
-    assert attention.select("cuda", torch.float32) == "sdpa"
-    assert attention.select("cpu", torch.bfloat16) == "sdpa"
-    assert attention.select("cuda", torch.bfloat16, "sdpa") == "sdpa", "a name forces the backend"
     assert torch.is_tensor(attention.flash_attn_func(q, k, v, causal=True))
+    attention.use(AttentionBackend("other", lambda *a: "other trained", lambda *a: "other generated"))
+    assert attention.selected.name == "other"
+    assert attention.flash_attn_func(q, k, v, causal=True) == "other trained"
+    assert attention.flash_attn_with_kvcache(q, k, v, k, v, seqlens, causal=True) == "other generated"
+    assert flash_attn.selected.name == "sdpa", "another object, another choice"
 
 
-def test_the_latest_registered_backend_comes_first():
-    """Two kernels for one device: the order of signing in decides, not chance."""
-    attention = FlashAttention(any_device("sdpa"))
-    attention.register(backend("old", ("cuda",)))
-    attention.register(backend("new", ("cuda",)))
-    assert attention.select("cuda", torch.bfloat16) == "new"
+@pytest.mark.parametrize("lengths", [[5, 5, 5], [0, 0, 0], [2, 7, 4]])
+@pytest.mark.parametrize("T_new, new_keys", [(1, True), (3, True), (2, False)])
+def test_bounds_change_nothing_but_who_is_asked(lengths, T_new, new_keys):
+    """Numbers known to the caller that lead to other keys than those which the device would have told."""
+    lengths = [length + 3 for length in lengths] if not new_keys else lengths
+    q, keys, values = random_qkv(7, 3, T_new, 12, 4, 2, 8)
+    k, v = (keys[:, :T_new], values[:, :T_new]) if new_keys else (None, None)
+    seqlens = torch.tensor(lengths, dtype=torch.int32)
+    results = []
+    for bounds in (None, (min(lengths), max(lengths))):
+        caches = keys.clone(), values.clone()
+        y = flash_attn.flash_attn_with_kvcache(
+            q, *caches, k, v, seqlens, causal=True, window_size=(4, 0), bounds=bounds
+        )
+        results.append((y, *caches))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(ValueError, match="cache holds 12 positions"):
+        flash_attn.flash_attn_with_kvcache(q, keys, values, keys[:, :T_new], values[:, :T_new], seqlens, causal=True,
+                                           bounds=(0, 13 - T_new))  # fmt: skip
 
 
-def test_before_a_choice_the_one_that_runs_everywhere_is_used():
-    """A model that is called before select and reaches for a kernel that is not there."""
-    attention = FlashAttention(backend("flash", ("cuda",)), any_device("sdpa"))
-    q, k, v = random_qkv(0, 1, 2, 2, 1, 1, 4)
-    assert torch.is_tensor(attention.flash_attn_func(q, k, v, causal=True))
-
-
-def test_an_impossible_choice_is_one_clear_sentence():
-    """A misspelt backend, or one that cannot run here, that silently becomes another."""
-    attention = FlashAttention(any_device("sdpa"))
-    attention.register(backend("flash", ("cuda",)))
-    with pytest.raises(UserError, match="attention is 'flsh'; it can be auto, flash, sdpa"):
-        attention.select("cuda", torch.bfloat16, "flsh")
-    with pytest.raises(UserError, match="flash cannot run on cpu.*Set attention to auto"):
-        attention.select("cpu", torch.bfloat16, "flash")
-    with pytest.raises(UserError, match="flash cannot run on cuda in torch.float32"):
-        attention.select("cuda", torch.float32, "flash")
+@pytest.mark.parametrize("lengths", [[6, 6], [6, 3]])
+def test_a_step_with_a_cache_never_waits_for_the_device(lengths):
+    """A layer that asks the GPU for a number: it then stands still until the GPU has done everything before."""
+    config = GPTConfig(
+        sequence_len=16, vocab_size=100, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SL"
+    )
+    with torch.device("meta"):  # a device that has shapes but no values: asking it for one raises
+        model = GPT(config)
+        cache = KVCache(2, config.n_kv_head, 20, config.head_dim, config.n_layer, "meta", torch.float32)
+        model(torch.zeros(2, 6, dtype=torch.long), kv_cache=cache)
+        cache.set_lengths(lengths)
+        for T_new in (1, 1, 4):
+            assert model(torch.zeros(2, T_new, dtype=torch.long), kv_cache=cache).shape == (2, T_new, 100)
+    assert cache.lengths.tolist() == [length + 6 for length in lengths]

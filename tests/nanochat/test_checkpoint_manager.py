@@ -149,10 +149,10 @@ def test_load_model_finds_the_newest_of_the_largest(base_dir):
 
 
 def test_optimizer_state_of_a_rank(base_dir):
-    """Going on with another number of processes must be an error that says so, not a missing file."""
+    """A share of the optimizer that is lost: an error that names it and what is left to do, not a missing file."""
     folder = checkpoint_folder("base", "d2")
     save_checkpoint(folder, 1, TENSORS, {"m": torch.ones(2)}, META)
     assert load_optimizer_state("base", "cpu", 0)["m"].tolist() == [1, 1]
     assert load_optimizer_state("base", "cpu", 1) is None
-    with pytest.raises(NoCheckpointError, match="no optimizer state for rank 1 .*saved by 1 process; go on"):
+    with pytest.raises(NoCheckpointError, match="no optimizer state for rank 1 .*Go on from an older checkpoint"):
         load_checkpoint(folder, 1, "cpu", load_optimizer=True, rank=1)

@@ -191,6 +191,7 @@ def test_cache_prefill_shares_one_row_out():
     large.prefill(small)
     assert large.get_pos() == 2 and large.cache_seqlens.tolist() == [2, 2, 2]
     assert large.cache_seqlens.dtype == torch.int32
+    assert large.lengths.tolist() == [2, 2, 2], "known on the host too"
     for row in range(3):
         assert torch.equal(large.k_cache[:, row, :2], small.k_cache[:, 0, :2])
         assert torch.equal(large.v_cache[:, row, :2], small.v_cache[:, 0, :2])
@@ -218,7 +219,7 @@ def test_cache_rows_are_copied_with_their_own_lengths():
         assert torch.equal(copy.k_cache[:, row, :length], source.k_cache[:, origin, :length])
         assert torch.equal(copy.v_cache[:, row, :length], source.v_cache[:, origin, :length])
     copy.write_rows([1], source, [2])
-    assert copy.cache_seqlens.tolist() == [3, 3, 2, 3]
+    assert copy.cache_seqlens.tolist() == copy.lengths.tolist() == [3, 3, 2, 3] and copy.bounds() == (2, 3)
     assert torch.equal(copy.v_cache[:, 1, :3], source.v_cache[:, 2, :3])
     with pytest.raises(ValueError, match="do not fit"):
         copy.write_rows([0], source, [1])
@@ -227,14 +228,14 @@ def test_cache_rows_are_copied_with_their_own_lengths():
 def test_the_first_rows_of_a_cache_share_its_memory():
     """What a step writes into a copy is lost at the next one."""
     cache = KVCache(3, 2, 6, 4, 5, "cpu", torch.float32)
-    part = cache.first_rows(2)
+    part = cache.part(0, 2)
     part.set_lengths([4, 1])
     part.advance(1)
     part.get_layer_cache(3)[0][:] = 7
-    assert cache.cache_seqlens.tolist() == [5, 2, 0]
+    assert cache.cache_seqlens.tolist() == cache.lengths.tolist() == [5, 2, 0]
     assert cache.k_cache[3, :2].eq(7).all() and cache.k_cache.sum() == 7 * 2 * 6 * 2 * 4
     cache.write_rows([0], cache, [1])
-    assert cache.cache_seqlens.tolist() == [2, 2, 0]
+    assert cache.cache_seqlens.tolist() == cache.lengths.tolist() == [2, 2, 0]
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 9, 4, 5), (2, 2, 3, 4, 5), (1, 1, 3, 4, 5), (1, 2, 3, 8, 5), (1, 2, 3, 4, 6)])

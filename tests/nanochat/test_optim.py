@@ -144,7 +144,7 @@ def test_muon_state_has_the_shapes_of_the_definition(shape, second):
     assert all(x.dtype == torch.float32 for x in state.values())
 
 
-@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(96, 32), (32, 96), (48, 48)], ids=str)
 def test_the_first_muon_update_is_nearly_orthogonal(shape, compute_dtype):
     """An orthogonalisation that does not converge: some directions would be learned many times faster than others."""
@@ -166,6 +166,42 @@ def test_polar_express_does_not_turn_what_is_orthogonal_already():
     result = polar_express(torch.stack([q[:, :12], 5 * q[:, :12]]))
     cosine = (result * q[:, :12]).sum((1, 2)) / (result.norm(dim=(1, 2)) * 12**0.5)
     assert (cosine > 0.999).all()
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (96, 32), (64, 256)], ids=str)
+def test_polar_express_in_fp16_is_nearer_to_the_truth_than_in_bf16(shape):
+    """An overflow in fp16: the coefficients reach 22, and inf - inf would turn all matrices into NaN."""
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    x[1] = 0
+    x[2] = x[2, :, :1] @ x[2, :1] + x[2] / 100  # one large singular value
+    x /= x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-9)
+    truth = polar_express(x.double())
+    half, brain = (polar_express(x.to(dtype)).double() for dtype in (torch.float16, torch.bfloat16))
+    assert half.isfinite().all() and (half[1] == 0).all()
+    for k in (0, 2):
+        assert (half[k] - truth[k]).norm() < 0.5 * (brain[k] - truth[k]).norm()
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e-6, 1e6])
+def test_the_size_of_the_gradient_does_not_matter_in_fp16(size):
+    """Gradients below 6e-8 that become zero, or above 65,504 infinite, before they are normalised."""
+    (p,) = random_params(0, (64, 32))
+    p.data.zero_()
+    optimizer = MuonAdamW([muon_group([p], lr=1.0, weight_decay=0.0)], compute_dtype=torch.float16)
+    p.grad = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) * size
+    optimizer.step()
+    values = torch.linalg.svdvals(p.detach()) / 2**0.5
+    assert values.max() / values.min() < 4 and 0.7 < values.mean() < 1.3
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-20, 1e-24])
+def test_a_gradient_of_next_to_nothing_is_no_nan_in_fp16(size):
+    """0 / 0 for a matrix that no token used, or a quotient of two vanishing numbers that leaves fp16's range."""
+    (p,) = random_params(0, (16, 16))
+    optimizer = MuonAdamW([muon_group([p])], compute_dtype=torch.float16)
+    p.grad = torch.full((16, 16), size)
+    optimizer.step()
+    assert p.isfinite().all()
 
 
 def test_muon_arithmetic_keeps_the_bits_of_small_updates():
@@ -239,6 +275,37 @@ def test_a_saved_optimizer_continues_bitwise(tmp_path):
         resumed.step()
     assert all(torch.equal(p, q) for p, q in zip(params, resumed_params, strict=True))
     assert resumed.state[resumed_params[0]]["step"] == 6
+
+
+def test_shares_are_cut_anew_for_another_number_of_processes():
+    """A resumed run whose momenta belong to other rows or matrices, or are padded with those of someone else."""
+    shapes = [(96, 16), (10,), *[(8, 24)] * 5, (4, 4)]
+    params = random_params(0, *shapes)
+    groups = lambda: [adamw_group(params[:2]), muon_group(params[2:7]), muon_group(params[7:])]  # noqa: E731
+    alone = MuonAdamW(groups(), compute_dtype=torch.float32)
+    for step in range(2):
+        set_gradients(params, step)
+        alone.step()
+
+    def share_of(rank, world_size, shares):
+        optimizer = MuonAdamW(groups())
+        optimizer.rank, optimizer.world_size = rank, world_size
+        return optimizer.reshard(shares)
+
+    shares = [alone.state_dict()]
+    for world_size in (2, 4, 3, 8):
+        shares = [share_of(rank, world_size, shares) for rank in range(world_size)]
+        table, small, stack, lone = (shares[-1]["state"][number] for number in (0, 1, 2, 7))
+        assert table["exp_avg"].shape == (96 // world_size, 16) and small["exp_avg"].shape == (10,)
+        chunk = -(-5 // world_size)
+        assert stack["momentum_buffer"].shape == (chunk, 8, 24) and lone["momentum_buffer"].shape == (1, 4, 4)
+        assert not lone["momentum_buffer"].any(), "the last process owns none of one matrix, and keeps nothing of it"
+    (again,) = [share_of(0, 1, shares)]
+    assert again["param_groups"] == alone.state_dict()["param_groups"]
+    for number, state in alone.state_dict()["state"].items():
+        assert again["state"][number].keys() == state.keys()
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(again["state"][number][name]), torch.as_tensor(value)), (number, name)
 
 
 # One process of many, and also the only one. Every process sees its share of the same six gradients.

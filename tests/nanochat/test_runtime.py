@@ -1,3 +1,4 @@
+import ast
 import errno
 import http.server
 import os
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers import PYTHON, python_environment
+from helpers import PYTHON, python_environment, run_ranks
 from nanochat import runtime
 from nanochat.runtime import (
     UserError,
@@ -19,6 +20,7 @@ from nanochat.runtime import (
     choose_compute_dtype,
     compute_init,
     device_name_of,
+    devices_in_use,
     download_file_with_lock,
     get_base_dir,
     get_dist_info,
@@ -348,15 +350,18 @@ def test_a_failing_server_leaves_nothing(server, base_dir, page):
 
 
 @pytest.mark.parametrize(
-    "capability, dtype", [((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((8, 9), torch.bfloat16),
-                          ((9, 0), torch.bfloat16), ((12, 0), torch.bfloat16)],
+    "capability, dtype", [((6, 1), torch.float32), ((7, 0), torch.float16), ((7, 5), torch.float16),
+                          ((8, 0), torch.bfloat16), ((8, 9), torch.bfloat16), ((9, 0), torch.bfloat16),
+                          ((12, 0), torch.bfloat16)],
 )  # fmt: skip
 def test_precision_follows_the_compute_capability(monkeypatch, capability, dtype):
-    """A T4 that says it knows bf16 and emulates it, many times slower."""
+    """A T4 that says it knows bf16 and emulates it, many times slower; a training without a scaler in fp16."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: True)  # what a T4 answers
     chosen, reason = choose_compute_dtype("cuda")
     assert chosen == dtype and f"{capability[0]}.{capability[1]}" in reason
+    without_scaler, _ = choose_compute_dtype("cuda", allow_float16=False)
+    assert without_scaler == (torch.float32 if dtype == torch.float16 else dtype)
 
 
 @pytest.mark.parametrize("native, dtype", [(True, torch.bfloat16), (False, torch.float32)])
@@ -389,7 +394,7 @@ def test_an_operating_system_without_processor_flags_has_no_native_bf16(monkeypa
 
 def test_the_environment_overrules_the_precision(monkeypatch):
     """A wish that is ignored, or a wrong word that becomes some default."""
-    for name in ("bfloat16", "float32"):
+    for name in ("bfloat16", "float16", "float32"):
         monkeypatch.setenv("NANOCHAT_DTYPE", name)
         dtype, reason = choose_compute_dtype("cpu")
         assert dtype == getattr(torch, name) and "NANOCHAT_DTYPE" in reason
@@ -397,6 +402,9 @@ def test_the_environment_overrules_the_precision(monkeypatch):
         monkeypatch.setenv("NANOCHAT_DTYPE", name)
         with pytest.raises(UserError, match=f"NANOCHAT_DTYPE is '{name}'; it can be bfloat16"):
             choose_compute_dtype("cpu")
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float16")
+    with pytest.raises(UserError, match="NANOCHAT_DTYPE is 'float16'; it can be bfloat16 or float32 here"):
+        choose_compute_dtype("cpu", allow_float16=False)
 
 
 @pytest.mark.parametrize("cuda, mps, expected", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
@@ -428,6 +436,72 @@ def test_a_single_process_on_the_cpu(capsys):
     assert "Distributed world size: 1" in capsys.readouterr().out
 
 
+WAITING = """
+import sys, time
+import torch.distributed as dist
+from nanochat.runtime import compute_cleanup, compute_init, wait_for_everyone
+rank = compute_init("cpu")[1]
+dist.get_backend = lambda: "nccl"
+times = []
+for turn in range(3):
+    time.sleep(0.3 * ((rank + turn) % 3))
+    arrived = time.monotonic()
+    wait_for_everyone()
+    times.append([arrived, time.monotonic()])
+print(times)
+compute_cleanup()
+"""
+
+
+def test_everyone_waits_for_the_last_also_without_the_network_of_the_gpus():
+    """A rank that goes on before rank 0 has written its file, or that waits for a turn that is over."""
+    ranks = [ast.literal_eval(out.splitlines()[-1]) for out in run_ranks(WAITING, world_size=3)]
+    for turn in zip(*ranks, strict=True):
+        assert max(arrived for arrived, _ in turn) <= min(left for _, left in turn)
+
+
+SHARING = """
+import os, sys
+from nanochat.runtime import UserError, compute_cleanup, compute_init, require_shared_base_dir
+rank = compute_init("cpu")[1]
+for folders in (sys.argv[1:3], [sys.argv[1]] * 2):
+    os.environ["NANOCHAT_BASE_DIR"] = folders[rank]
+    try:
+        require_shared_base_dir()
+        print("shared")
+    except UserError as error:
+        print(error)
+compute_cleanup()
+"""
+
+
+def test_machines_without_a_shared_disk_are_refused(tmp_path):
+    """A second machine that finds no data after an hour, and checkpoints of which each machine has a part."""
+    outputs = run_ranks(SHARING, tmp_path / "one", tmp_path / "two")
+    for output in outputs:
+        first, second = output.splitlines()[-2:]
+        assert first.startswith("rank 1 does not see the files that rank 0 writes") and second == "shared"
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()], "nothing is left behind"
+
+
+@pytest.mark.parametrize(
+    "message, plain",
+    [
+        ("[gloo/pair.cc:537] Read error [127.0.0.1]:1720: Connection reset by peer. GLHF!", True),
+        ("NCCL error: remote process exited or there was a network error", True),
+        ("NCCL error: Duplicate GPU detected", False),
+    ],
+)
+def test_a_lost_process_is_one_sentence(message, plain):
+    """Pages of traceback from processes that did nothing wrong, or a real error that is hidden behind a sentence."""
+    code = f"from nanochat.runtime import *\nshow_user_errors_plainly()\nraise RuntimeError({message!r})"
+    for ranked in (True, False):
+        place = dict(RANK=3, LOCAL_RANK=3, WORLD_SIZE=4) if ranked else {}
+        done = run_python(code, **place)
+        assert done.returncode == 1 and ("Traceback" in done.stderr) != (plain and ranked)
+        assert ("✗ rank 3 lost another process and ends too" in done.stderr) == (plain and ranked)
+
+
 @pytest.mark.parametrize(
     "name, tflops",
     [
@@ -437,7 +511,7 @@ def test_a_single_process_on_the_cpu(capsys):
         ("NVIDIA L4", 121), ("NVIDIA L40S", 362), ("NVIDIA A40", 149.7), ("NVIDIA A30", 165),
         ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA GeForce RTX 3090", 71), ("NVIDIA GeForce RTX 5090", 209.5),
         ("AMD Instinct MI300X", 1307.4), ("AMD Instinct MI250X", 383),
-        ("Tesla T4", float("inf")), ("Tesla V100-SXM2-16GB", float("inf")), ("CPU, 2 threads", float("inf")),
+        ("Tesla T4", 65), ("Tesla V100-SXM2-16GB", 125), ("CPU, 2 threads", float("inf")),
     ],
 )  # fmt: skip
 def test_peak_flops_of_real_device_names(name, tflops):
@@ -450,3 +524,12 @@ def test_peak_flops_of_a_card_that_has_to_be_asked(monkeypatch):
     properties = SimpleNamespace(max_compute_units=1024)
     monkeypatch.setattr(torch.xpu, "get_device_properties", lambda *device: properties)
     assert get_peak_flops("Intel(R) Data Center GPU Max 1550") == 512 * 1024 * 1300 * 10**6
+
+
+def test_idle_gpus_are_mentioned(monkeypatch):
+    """Seven GPUs that are paid for and do nothing, while the table says "1 × H100" and all looks well."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    assert devices_in_use(torch.device("cuda"), 1) == "1 × NVIDIA H100; 8 are here, and torchrun would use them"
+    assert devices_in_use(torch.device("cuda"), 8) == "8 × NVIDIA H100"
+    assert "torchrun" not in devices_in_use(torch.device("cpu"), 1)

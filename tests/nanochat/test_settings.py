@@ -96,7 +96,7 @@ def test_every_preset_is_complete_and_fits_together(preset):
     """A preset whose batch does not divide, or that leaves a -1 which nothing derives."""
     params = resolved(preset=preset)
     may_be_derived = {"train_shards", "num_iterations", "target_flops", "total_batch_size"}
-    may_be_derived |= {"sample_every", "save_every", "sft_total_batch_size"}
+    may_be_derived |= {"sample_every", "save_every", "sft_total_batch_size", "processes"}
     empty = {"base_dir", "device_type", "text_column", "model_tag", "run", "compare_model", "chat_tasks", "skip"}
     empty |= {"hub_repo"}
     assert {name for name, value in params.items() if value in ("", -1)} <= may_be_derived | empty

@@ -1,12 +1,12 @@
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 import torch
 
 from helpers import python_environment
-from nanochat.training_loop import TrainLog, TrainMeter, TrainRecord, smoothed
+from nanochat.training_loop import TrainLog, TrainMeter, TrainRecord, smoothed, summarize_training
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,15 @@ def test_meter_counts_no_step_that_compiles():
     assert records[10].total_seconds == 0 and records[12].total_seconds == pytest.approx(1.0)
     last = meter.last_record(13, 1, 1.25)
     assert (last.step, last.loss, last.val_bpb, last.tokens_per_second) == (13, None, 1.25, 0.0)
+
+
+def test_the_summary_tells_the_memory_of_who_trained():
+    """Prevents a notebook whose training ran in other processes, or earlier, from reporting its own idle memory."""
+    meter = TrainMeter(torch.device("cpu"), 512, 1000)
+    records = [meter.record(0, 2.0, 0.5, 0.0, lr_multiplier=1.0, epoch=1), meter.last_record(1, 1, 1.25)]
+    assert "Peak memory usage" not in summarize_training(records)
+    records[-1] = replace(records[-1], peak_memory_bytes=3 << 20)
+    assert summarize_training(records)["Peak memory usage"] == "3.00MiB"
 
 
 def test_what_notebooks_share_brings_no_model_with_it():
