@@ -466,7 +466,10 @@ training = pretrain(plan, corpus, tokenizer, device, compute_dtype, options)
 trained_model = fingerprint_of(pretraining_inputs(plan, corpus, tokenizer))
 records = []
 try:
-    for record in train_on(training_processes, training, "pretrain", settings.checkpoint_dir, trained_model, params):
+    for record in train_on(
+        training_processes, training, "pretrain", settings.checkpoint_dir, trained_model, params,
+        last_step=plan.iterations,
+    ):  # fmt: skip
         records.append(record)
         chart.add(record)
         if not record.replayed:

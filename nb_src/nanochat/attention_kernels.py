@@ -26,7 +26,7 @@ from nanochat.attention import AttentionBackend, limiting_left, sdpa_attention, 
 # The one of the previous chapter. It runs everywhere.
 
 
-# %%
+# %% tags=["folded"]
 def load_sdpa(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
     return AttentionBackend("sdpa", sdpa_attention, sdpa_with_kvcache)
 
@@ -42,7 +42,7 @@ def require_half_precision_on_cuda(device: torch.device, dtype: torch.dtype) -> 
 # own. It was made for texts of different lengths laid end to end, so a batch is laid end to end for it.
 
 
-# %%
+# %% tags=["folded"]
 def load_varlen(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
     """`torch.nn.attention.varlen`, from PyTorch 2.12 on. Its calls with a cache have no gradient: use `no_grad`."""
     require_half_precision_on_cuda(device, dtype)
@@ -84,7 +84,7 @@ def varlen_backend(varlen_attn: Callable) -> AttentionBackend:
 # which all look the same; everything else goes to PyTorch's own.
 
 
-# %%
+# %% tags=["folded"]
 def load_flex(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
     if device.type != "cuda":
         raise RuntimeError("its backward pass exists on CUDA only")
@@ -125,7 +125,7 @@ def flex_backend() -> AttentionBackend:
 # cuDNN knows no windows; FlexAttention does those.
 
 
-# %%
+# %% tags=["folded"]
 def load_cudnn_sdpa(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
     require_half_precision_on_cuda(device, dtype)
     if not torch.backends.cudnn.is_available():
@@ -161,7 +161,7 @@ def full_attention_by(backend) -> Callable:
 # PyTorch's own does that.
 
 
-# %%
+# %% tags=["folded"]
 def load_fa4(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
     require_half_precision_on_cuda(device, dtype)
     from flash_attn.cute import flash_attn_func

@@ -76,7 +76,7 @@ def attention_order(machine: AttentionMachine) -> tuple[str, ...]:
 # The definition, in float64 and with a full mask, gives the expected result. The error is taken for each query and head
 # on its own and relative to its size, so neither a single wrong row nor a gradient of small numbers can hide.
 
-# %%
+# %% tags=["folded"]
 # Largest relative error of a row. Right kernels show up to 0.025 in bf16, 0.002 in fp16; a window off by one shows 0.6.
 PROOF_TOLERANCE = {torch.float32: 0.01, torch.float16: 0.02, torch.bfloat16: 0.08}
 
@@ -105,7 +105,7 @@ def require_close(what: str, actual, expected, dtype: torch.dtype) -> None:
 # sequence and one that is longer, a length that is no multiple of any block; then a cache whose rows stand at different
 # positions, one new token or several, with new keys and without.
 
-# %%
+# %% tags=["folded"]
 TRAINING_CASES = (  # head size, query heads, key-value heads, window
     (128, 4, 4, -1),
     (128, 4, 2, 50),
@@ -182,7 +182,7 @@ def prove_cached(backend: AttentionBackend, device: torch.device, dtype: torch.d
 # outside the compiled code instead, which costs little: attention is one long kernel.
 
 
-# %%
+# %% tags=["folded"]
 def prove_compiled(train: Callable, device: torch.device, dtype: torch.dtype) -> str:
     """Why `train` has to stay outside compiled code; "" when it need not. Raises when it is wrong either way."""
 
@@ -205,7 +205,7 @@ def prove_compiled(train: Callable, device: torch.device, dtype: torch.dtype) ->
 # Loading and proving one candidate, on all ranks together: it counts only if it is right on every one of them, or they
 # would train on different kernels. Whatever goes wrong becomes a reason in words.
 
-# %%
+# %% tags=["folded"]
 REASON_BYTES = 200
 
 
@@ -274,7 +274,7 @@ def prove_candidate(name: str, device: torch.device, dtype: torch.dtype, compile
 # into another one.
 
 
-# %%
+# %% tags=["folded"]
 @dataclass(frozen=True)
 class AttentionChoice:
     """The kernel in use, why, and what was passed over for which reason."""

@@ -35,7 +35,7 @@ HUB_PATIENCE_SECONDS = 10  # the client would ask six times, which takes 23 s wh
 # What was downloaded before is used without asking anybody, so a machine that is cut off later keeps its kernel.
 
 
-# %%
+# %% tags=["folded"]
 def check_digests(folder: Path) -> bool:
     """Whether the build lists digests of its files. Raises when they are not those of the files in the folder."""
     from kernels import Metadata
@@ -78,7 +78,7 @@ def fetch_hub_kernel(repository: str) -> Path:
 # or carried here yourself.
 
 
-# %%
+# %% tags=["folded"]
 def load_hub_kernel(repository: str):
     """(module, where it came from in words) of a repository on the list. Raises an exception that says why not."""
     if repository not in HUB_KERNELS:
@@ -108,7 +108,7 @@ def load_hub_kernel(repository: str):
 # more than the output.
 
 
-# %%
+# %% tags=["folded"]
 def hub_flash_backend(repository: str, title: str, dtype: torch.dtype) -> AttentionBackend:
     """FlashAttention from the hub behind the two calls of an attention backend."""
     if dtype not in (torch.bfloat16, torch.float16):  # said before anything is downloaded

@@ -14,6 +14,7 @@
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,14 +33,18 @@ from nanochat.training_loop import StopRequest, TrainLog, TrainRecord
 # A training that is over needs no processes: its records are read here.
 
 
-# %%
-def is_trained(folder, fingerprint: str) -> bool:
-    """Whether the newest checkpoint in `folder` is the last one of the training with this fingerprint."""
+# %% tags=["folded"]
+def is_trained(folder, fingerprint: str, last_step: int | None = None) -> bool:
+    """Whether the newest checkpoint in `folder` is the last one of the training with this fingerprint.
+
+    last_step: where it is known; older checkpoints do not say that they are finished.
+    """
     try:
-        meta = read_meta(folder, find_last_step(folder))
+        step = find_last_step(folder)
     except FileNotFoundError:
         return False
-    return meta.get("fingerprint") == fingerprint and bool(meta.get("finished"))
+    meta = read_meta(folder, step)
+    return meta.get("fingerprint") == fingerprint and (step == last_step or bool(meta.get("finished")))
 
 
 # %% [markdown]
@@ -49,7 +54,7 @@ def is_trained(folder, fingerprint: str) -> bool:
 # stood in the old one just so was not computed now.
 
 
-# %%
+# %% tags=["folded"]
 class LogReader:
     """New records of `log` each time they are asked for. Make it before the processes start."""
 
@@ -92,7 +97,7 @@ class LogReader:
 # The processes. They hold one end of a pipe and the notebook the other; when that is closed they do what they would do
 # on a signal: finish the step, save, and end. The system closes it when the kernel is killed, so nothing lives on.
 
-# %%
+# %% tags=["folded"]
 END_WITH_THE_NOTEBOOK = """\
 # A notebook wrote this file and starts it once for each GPU.
 import os
@@ -109,6 +114,11 @@ threading.Thread(target=end_with_the_notebook, daemon=True).start()
 
 """
 FAILURE_PATIENCE = 10.0  # seconds for the others to end by themselves when one is gone
+
+
+# A UserError as a process prints it; PyTorch puts the rank before what is printed at the end.
+COMPLAINT = re.compile(r"^(?:\[rank\d+\]: )?✗ (.*)", re.MULTILINE)
+FOLLOWED = "lost another process"  # what the others say
 
 
 def rank_environment(rank: int, processes: int, port: int) -> dict[str, str]:
@@ -163,7 +173,8 @@ class Ranks:
         ended = [rank for rank, code in enumerate(codes) if code not in fine]
         if ended and self.first_ended_at is None:
             self.first_ended_at = time.monotonic()
-            first = min(ended, key=lambda rank: codes[rank] != -signal.SIGKILL)  # this one did not follow another
+            # who was killed, or does not say so, did not follow another
+            first = min(ended, key=lambda rank: (codes[rank] != -signal.SIGKILL, FOLLOWED in self.printed_by(rank)))
             if not (self.stopping and codes[first] == -signal.SIGTERM):  # the stop came before the first step
                 self.first_failure = first
         if ended and time.monotonic() > self.first_ended_at + FAILURE_PATIENCE:
@@ -178,15 +189,17 @@ class Ranks:
         for process in self.processes:
             process.wait()
 
+    def printed_by(self, rank: int) -> str:
+        return self.logs[rank].read_text(encoding="utf-8", errors="replace")
+
     def failure(self) -> str:
         """What went wrong first, and how to go on; "" when nothing did."""
         if self.first_failure is None:
             return ""
-        first = self.logs[self.first_failure]
-        texts = [log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines() for log in (first, *self.logs)]
-        complaints = [line for text in texts for line in text if line.startswith("✗ ")]
+        texts = [self.printed_by(rank) for rank in (self.first_failure, *range(len(self.logs)))]
+        complaints = [words for text in texts for words in COMPLAINT.findall(text) if FOLLOWED not in words]
         if complaints:  # a UserError says all there is to say
-            return complaints[0].removeprefix("✗ ")
+            return complaints[0]
         code = self.processes[self.first_failure].returncode
         how = f"failed with status {code}"
         if code < 0:
@@ -194,7 +207,7 @@ class Ranks:
             how += ", as systems do when memory runs out" if code == -signal.SIGKILL else ""
         return (
             f"rank {self.first_failure} {how}. Run the cell again to go on from the last checkpoint. The end of "
-            f"{first}:\n" + "\n".join(texts[0][-15:])
+            f"{self.logs[self.first_failure]}:\n" + "\n".join(texts[0].rstrip().splitlines()[-15:])
         )
 
 
@@ -204,22 +217,31 @@ class Ranks:
 # training is over, it does nothing.
 
 
-# %%
+# %% tags=["folded"]
 def train_on(
-    processes: int, training, name: str, folder, fingerprint: str, params: dict, kind: type[TrainRecord] = TrainRecord
-):
+    processes: int, training, name: str, folder, fingerprint: str, params: dict, kind: type[TrainRecord] = TrainRecord,
+    last_step: int | None = None,
+):  # fmt: skip
     """Yield the records of `training`, a generator that was not started, from `processes` processes.
 
     name: of the script and the logs in `<base>/launch`. folder, fingerprint, kind: of the checkpoints and the log that
-    the training writes. params: go on the command line. The stop button saves and raises KeyboardInterrupt, as the
-    training itself does; twice, it ends everything at once. Raises UserError when a process fails. To be called in the
-    cell that trains: the program ends with it. What this kernel has on the first GPU stays there: hold no model.
+    the training writes. params: go on the command line. last_step: as for is_trained. The stop button saves and raises
+    KeyboardInterrupt, as the training itself does; twice, it ends everything at once. Raises UserError when a process
+    fails. To be called in the cell that trains: the program ends with it. What this kernel has on the first GPU stays
+    there: hold no model.
     """
-    if processes == get_dist_info()[3] or is_trained(folder, fingerprint):
+    order = f"{name} {fingerprint}"  # the program also passes by what was trained before
+    if os.environ.get("NANOCHAT_LAUNCHED_FOR", order) != order and not is_trained(folder, fingerprint, last_step):
+        raise UserError(
+            "the cells that this notebook remembers, in the order of their first run, lead to another training than "
+            "the one that it shows. Restart the kernel and run all cells."
+        )
+    if processes == get_dist_info()[3] or is_trained(folder, fingerprint, last_step):
         yield from training
         return
     script = Path(get_base_dir()) / "launch" / f"{name}.py"
-    write_atomic(script, f"{END_WITH_THE_NOTEBOOK}{program_so_far()}\n\ncompute_cleanup()\n")
+    beginning = f'{END_WITH_THE_NOTEBOOK}os.environ["NANOCHAT_LAUNCHED_FOR"] = "{order}"\n\n'
+    write_atomic(script, f"{beginning}{program_so_far()}\n\ncompute_cleanup()\n")
     arguments = [f"--{key}={value}" for key, value in params.items()]
     gc.collect()
     if torch.cuda.is_initialized():
@@ -245,5 +267,5 @@ def train_on(
         raise UserError(f"{name}: {problem}")
     if stop.requested:
         raise KeyboardInterrupt("stopped and saved; run again to go on from there")
-    if not is_trained(folder, fingerprint):
+    if not is_trained(folder, fingerprint, last_step):
         raise UserError(f"{name}: the processes ended well and did not train this model. Their program is {script}.")

@@ -17,7 +17,7 @@ from nanochat.runtime import UserError
 # left out: they travel on the command line.
 
 
-# %%
+# %% tags=["folded"]
 def is_setting(node: ast.stmt) -> bool:
     """Is it `name = literal`?"""
     try:
@@ -70,7 +70,7 @@ def notebook_program(inputs: list[str], failed=()) -> str:
 # The history of the kernel that this runs in.
 
 
-# %%
+# %% tags=["folded"]
 def program_so_far() -> str | None:
     """The program of this notebook up to the running cell; None where there is no IPython.
 

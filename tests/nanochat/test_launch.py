@@ -61,7 +61,7 @@ def on_signal(work):
 def folder(tmp_path, monkeypatch):
     """A checkpoint folder, in a base directory that this process holds."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.setattr(launch, "is_trained", lambda folder, fingerprint: (folder / "done").exists())
+    monkeypatch.setattr(launch, "is_trained", lambda folder, *more: (folder / "done").exists())
     lock = lock_base_dir()
     folder = tmp_path / "base_checkpoints" / "d2"
     folder.mkdir(parents=True)
@@ -146,6 +146,7 @@ if rank == 0:
         assert variables["RANK"] == variables["LOCAL_RANK"] == str(rank) and variables["WORLD_SIZE"] == "2"
         assert variables["WANDB_MODE"] == "disabled" and int(variables["OMP_NUM_THREADS"]) >= 1
         assert not {"MPLBACKEND", "JPY_PARENT_PID"} & set(variables)
+        assert variables["NANOCHAT_LAUNCHED_FOR"] == "pretrain fingerprint"
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert rank_environment(0, 2, 1)["OMP_NUM_THREADS"] == "3", "as the reader wants it"
 
@@ -174,6 +175,33 @@ time.sleep(60)
     with pytest.raises(UserError, match=r"^pretrain: depth is 0; a model needs at least 1 layer\.$"):
         list(train(program))
     assert ended(folder, 0) and ended(folder, 1)
+
+
+def test_who_only_followed_is_not_blamed(folder, train):
+    """A sentence about a lost connection, or PyTorch's prefix before it, in the place of what went wrong."""
+    program = """
+if rank == 1:
+    while not (folder / "lost").exists():
+        time.sleep(0.01)
+    print("[rank1]: ✗ the loss became nan at step 3.")
+else:
+    print("[rank0]: ✗ rank 0 lost another process and ends too (Broken pipe).")
+    (folder / "lost").touch()
+sys.exit(1)
+"""
+    with pytest.raises(UserError, match=r"^pretrain: the loss became nan at step 3\.$"):
+        list(train(program))
+
+
+def test_another_training_than_the_one_shown_is_refused(folder, monkeypatch):
+    """Cells that were edited in another order than they ran: hours on another model, and this one moved aside."""
+    started = iter([RECORD])
+    monkeypatch.setenv("NANOCHAT_LAUNCHED_FOR", "finetune another")
+    for name in ("finetune", "pretrain"):
+        with pytest.raises(UserError, match="Restart the kernel and run all cells"):
+            next(train_on(1, started, name, folder, "fingerprint", {}))
+    (folder / "done").touch()
+    assert list(train_on(1, started, "pretrain", folder, "fingerprint", {})) == [RECORD], "what is trained is passed by"
 
 
 def test_who_was_killed_is_named(folder, train):
@@ -352,6 +380,12 @@ def test_only_a_finished_checkpoint_of_this_training_counts(tmp_path):
     assert not is_trained(tmp_path / "d2", "mine")
     save_checkpoint(tmp_path / "d2", 8, weights, None, about | {"fingerprint": "mine", "finished": True})
     assert is_trained(tmp_path / "d2", "mine") and not is_trained(tmp_path / "d2", "another")
+
+
+def test_a_finished_checkpoint_of_an_older_version_counts(tmp_path):
+    """A model that was trained before checkpoints said so: trained again, or an error after every "Run all"."""
+    save_checkpoint(tmp_path / "d2", 8, {"w": torch.zeros(2)}, None, {"model_config": {}, "fingerprint": "mine"})
+    assert is_trained(tmp_path / "d2", "mine", last_step=8) and not is_trained(tmp_path / "d2", "mine", last_step=9)
 
 
 @pytest.mark.parametrize("gpus, requested, expected", [(1, -1, 1), (3, -1, 2), (8, -1, 8), (8, 4, 4), (0, 2, 2)])

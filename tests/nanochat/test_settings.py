@@ -76,7 +76,7 @@ def test_the_a100_preset_is_the_original_run_value_for_value():
     """A number that differs from the run whose results the notebook shows for comparison (spec 14.1)."""
     original = dict(
         run="", device_type="", depth=12, aspect_ratio=64, head_dim=128, max_seq_len=2048, window_pattern="SSSL",
-        num_iterations=-1, target_flops=-1.0, target_param_data_ratio=8.5, device_batch_size=16, total_batch_size=-1,
+        num_iterations=-1, target_flops=-1.0, target_param_data_ratio=8.5, total_batch_size=-1,
         embedding_lr=0.3, unembedding_lr=0.004, weight_decay=0.2, matrix_lr=0.02, scalar_lr=0.5, adam_beta1=0.8,
         adam_beta2=0.95, warmup_ratio=0.0, warmdown_ratio=0.5, final_lr_frac=0.0, eval_every=250,
         eval_tokens=40 * 524_288, sample_every=-1, save_every=-1, model_tag="",
@@ -88,7 +88,7 @@ def test_the_a100_preset_is_the_original_run_value_for_value():
     params = resolved()
     assert {name: params[name] for name in original} == original
     plan = plan_of(params)
-    assert (plan.iterations, plan.total_batch_size, plan.gradient_accumulation) == (1_785, 524_288, 16)
+    assert (plan.iterations, plan.total_batch_size) == (1_785, 524_288)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -96,7 +96,7 @@ def test_every_preset_is_complete_and_fits_together(preset):
     """A preset whose batch does not divide, or that leaves a -1 which nothing derives."""
     params = resolved(preset=preset)
     may_be_derived = {"train_shards", "num_iterations", "target_flops", "total_batch_size"}
-    may_be_derived |= {"sample_every", "save_every", "sft_total_batch_size", "processes"}
+    may_be_derived |= {"device_batch_size", "sample_every", "save_every", "sft_total_batch_size", "processes"}
     empty = {"base_dir", "device_type", "text_column", "model_tag", "run", "compare_model", "chat_tasks", "skip"}
     empty |= {"hub_repo"}
     assert {name for name, value in params.items() if value in ("", -1)} <= may_be_derived | empty
