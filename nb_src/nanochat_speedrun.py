@@ -287,9 +287,7 @@ settings = plan.settings
 if options.fp8:
     require_fp8(device, settings.device_batch_size * settings.max_seq_len, options.compile)
 sft_batch = plan.total_batch_size if params["sft_total_batch_size"] == -1 else params["sft_total_batch_size"]
-accumulation_steps(
-    "sft_total_batch_size", sft_batch, settings.device_batch_size, settings.max_seq_len, training_processes
-)
+accumulation_steps("sft_total_batch_size", sft_batch, 1, settings.max_seq_len, training_processes)
 minutes = estimate_minutes(plan, device, compute_dtype)
 model_config = plan.model_config
 show_table(
@@ -690,7 +688,7 @@ else:
         save_every=params["save_every"],
         load_optimizer=True,
     )
-    sft_plan = plan_fine_tuning(sft_settings, train_task, val_task, tokenizer, sft_data)
+    sft_plan = plan_fine_tuning(sft_settings, train_task, val_task, tokenizer, sft_data, training_processes)
     show_table([(type(lesson).__name__, len(lesson)) for lesson in lessons], header=("lesson", "conversations"))
 
 # %% [markdown]

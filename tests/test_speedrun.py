@@ -252,7 +252,7 @@ def test_a_notebook_trains_in_two_processes(tmp_path, text_folder):
         (dict(text_column="body"), 'has no column "body" (it has: text)'),
         (dict(vocab_size=100), "vocab_size"),
         (dict(base_dir="{file}/base"), "cannot be created"),
-        (dict(sft_total_batch_size=300), "sft_total_batch_size 300 is not a multiple of 4 sequences"),
+        (dict(sft_total_batch_size=300), "sft_total_batch_size 300 is not a multiple of 1 sequence ×"),
         (dict(chat_tasks="GSM8K|MLMU"), "chat_tasks has 'MLMU'; it can have ARC-Easy, "),
         (dict(skip="core,pretrain"), "skip has 'pretrain'; stages that can be left out are core, sft, chat_eval, "),
         (dict(hub_repo="my model"), "hub_repo is 'my model', which is no name for a repository"),

@@ -32,6 +32,7 @@ from nanochat.checkpoint_files import (
 )
 from nanochat.checkpoint_manager import checkpoint_folder, config_from_meta, locate_checkpoint
 from nanochat.dataloader import LANES
+from nanochat.device_batch import largest_divisor
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.planning import DEFAULT_OPTIONS, REFERENCE_BATCH, accumulation_steps, check_shares, muon_momentum
@@ -129,23 +130,36 @@ class SFTPlan:
         return str(checkpoint_folder("sft", Path(self.base_folder).name))
 
 
-def plan_fine_tuning(settings: SFTSettings, train_task, val_task, tokenizer, data_inputs: dict) -> SFTPlan:
+def plan_fine_tuning(
+    settings: SFTSettings, train_task, val_task, tokenizer, data_inputs: dict, processes: int | None = None
+) -> SFTPlan:
     """Find the base model and work out the rest; UserError when something does not fit.
 
-    data_inputs: what the conversations are made of, as JSON types; when it changes the run starts anew.
+    data_inputs: what the conversations are made of, as JSON types; when it changes the run starts anew. processes:
+    that will train; None for those that there are.
     """
     for name, task in (("training", train_task), ("validation", val_task)):
         if not len(task):
             raise UserError(f"there is no {name} conversation to fine-tune with. Choose tasks that have some.")
     folder, base_step = locate_checkpoint("base", settings.model_tag or None, None)
     meta, name = read_meta(folder, base_step), checkpoint_name(folder, base_step)
-    config, world_size = config_from_meta(meta, name), get_dist_info()[3]
+    config, world_size = config_from_meta(meta, name), processes or get_dist_info()[3]
     if meta.get("tokenizer_fingerprint") not in (None, tokenizer.fingerprint()) or (
         tokenizer.get_vocab_size() != config.vocab_size
     ):
         raise UserError(f"the tokenizer is not the one that checkpoint {name} was trained with. Use its own.")
 
+    inherits_batch = settings.device_batch_size == -1
     settings = inherited_settings(settings, meta, f"base {name}")
+    sequences, rest = divmod(settings.total_batch_size, settings.max_seq_len * world_size)
+    if inherits_batch and sequences and not rest:  # pretraining had another batch, or another number of processes
+        fitting = largest_divisor(sequences, settings.device_batch_size)
+        if fitting < settings.device_batch_size:
+            larger = settings.device_batch_size
+            print0(
+                f"fine-tuning uses a device batch of {fitting}: a step cannot be divided into pretraining's {larger}"
+            )
+        settings = replace(settings, device_batch_size=fitting)
     B, T, batch = settings.device_batch_size, settings.max_seq_len, settings.total_batch_size
     if not 0 < T <= config.sequence_len:
         raise UserError(

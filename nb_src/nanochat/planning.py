@@ -137,10 +137,10 @@ def accumulation_steps(name: str, total: int, device_batch_size: int, seq_len: i
     pass_tokens = device_batch_size * seq_len * world_size
     if pass_tokens <= 0 or total <= 0 or total % pass_tokens:
         below = max(1, total // max(pass_tokens, 1)) * pass_tokens
+        s, es = "s" * (device_batch_size != 1), "es" * (world_size > 1)
         raise UserError(
-            f"{name} {total} is not a multiple of {device_batch_size} sequences × {seq_len} tokens × {world_size} "
-            f"process{'es' if world_size > 1 else ''} = {pass_tokens}. Nearest that work: {below}, "
-            f"{below + pass_tokens}."
+            f"{name} {total} is not a multiple of {device_batch_size} sequence{s} × {seq_len} tokens × {world_size} "
+            f"process{es} = {pass_tokens}. Nearest that work: {below}, {below + pass_tokens}."
         )
     return total // pass_tokens
 

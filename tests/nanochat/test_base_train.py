@@ -1,6 +1,7 @@
 """Training can be stopped anywhere, by anyone, and goes on as if nothing had happened."""
 
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -9,10 +10,20 @@ import time
 import pytest
 import torch
 
-from helpers import EAGER, python_environment, small_corpus, small_plan, small_tokenizer
+from helpers import (
+    EAGER,
+    english_documents,
+    python_environment,
+    small_corpus,
+    small_plan,
+    small_tokenizer,
+    write_parquet,
+)
+from nanochat import base_train, precision
 from nanochat.base_train import pretrain
-from nanochat.checkpoint_files import find_last_step, load_checkpoint
+from nanochat.checkpoint_files import find_last_step, load_checkpoint, read_meta
 from nanochat.checkpoint_manager import load_model
+from nanochat.dataset import Corpus
 from nanochat.runtime import UserError
 
 # A training program of a few lines. argv: where to be killed. Each loss is printed with all its bits.
@@ -254,3 +265,36 @@ def test_without_a_compiler_it_says_so_and_trains(world, base_dir, monkeypatch, 
     assert len(records) == 3
     printed = capsys.readouterr().out
     assert printed.count("torch.compile is not available here (RuntimeError: No working C++ compiler found)") == 1
+
+
+def test_a_resumed_fp16_run_reads_on_where_it_stopped(base_dir, world, monkeypatch, one_thread):
+    """Prevents rows that are read twice or never, and a loss scale that starts over. Here no two batches are alike:
+    of a corpus of a few long documents, a loader repeats its first rows for many steps.
+    """
+    texts = [part for text in english_documents() for part in text.split("\n\n") if len(part) > 40]
+    files = [write_parquet(base_dir / f"{i}.parquet", texts[i::3]) for i in range(3)]
+    corpus, step_of, seen = Corpus("many", tuple(files[:2]), files[2]), base_train.training_step, []
+    monkeypatch.setattr(base_train, "sample_text", lambda *args: ())
+    monkeypatch.setattr(precision, "LOSS_SCALE_START", 2.0**24)  # overflows, so that some updates are skipped
+    monkeypatch.setattr(precision, "LOSS_SCALE_GROWTH_INTERVAL", 3)
+
+    def spy(model, optimizer, scaler, batches):
+        return step_of(model, optimizer, scaler, ((seen.append(x.tolist()), (x, y, w))[1] for x, y, w in batches))
+
+    def run(tag, *stops):
+        losses, plan = {}, small_plan(num_iterations=7, eval_every=0, save_every=-1, model_tag=tag)
+        for last in (*stops, None):
+            try:
+                for r in pretrain(plan, corpus, world[2], torch.device("cpu"), torch.float16, EAGER):
+                    losses[r.step] = r.loss
+                    if r.step == last:
+                        os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:
+                pass
+        return losses, seen[:], read_meta(plan.settings.checkpoint_dir, 7)["loss_scaler"]
+
+    monkeypatch.setattr(base_train, "training_step", spy)
+    whole = run("whole")
+    seen.clear()
+    assert run("parts", 0, 3) == whole and whole[2]["factor"] < 2.0**24
+    assert len(whole[1]) == 14 and all(a != b for a, b in zip(whole[1], whole[1][1:], strict=False))

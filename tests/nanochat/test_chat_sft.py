@@ -117,6 +117,17 @@ def test_the_plan(base_dir, tokenizer):
     assert plan_of(tokenizer, model_tag="").checkpoint_dir == plan.checkpoint_dir
 
 
+@pytest.mark.parametrize("processes, total_batch_size, expected", [(1, 512, 4), (1, 128, 2), (1, 384, 3), (4, 512, 2)])
+def test_an_inherited_device_batch_fits_the_step(
+    processes, total_batch_size, expected, base_dir, tokenizer, monkeypatch
+):
+    """A refusal, after hours of pretraining, of a number that nobody has chosen."""
+    monkeypatch.setattr(chat_sft, "get_dist_info", lambda: (processes > 1, 0, 0, processes))
+    plan = plan_of(tokenizer, device_batch_size=-1, total_batch_size=total_batch_size)
+    assert plan.settings.device_batch_size == expected
+    assert plan.gradient_accumulation * expected * 64 * processes == total_batch_size
+
+
 def test_every_learned_token_weighs_the_same(base_dir, tokenizer, monkeypatch):
     """Prevents a mean of micro-batch means, in which a short answer counts more when its neighbours are short."""
     seen = []
@@ -376,6 +387,7 @@ def test_two_processes_fine_tune_as_one_does(base_dir, tokenizer, tmp_path_facto
     "changes, message",
     [
         (dict(total_batch_size=300), "sft_total_batch_size 300 is not a multiple of 2 sequences × 64 .* 256, 384"),
+        (dict(device_batch_size=-1, total_batch_size=32), "sft_total_batch_size 32 is not a multiple of 4 sequences"),
         (dict(max_seq_len=65), "max_seq_len of fine-tuning is 65, .* Choose 1 to 64"),
         (dict(train=[]), "no training conversation"),
         (dict(val=[]), "no validation conversation"),
