@@ -351,6 +351,7 @@ def measure_all(given) -> None:
     with tempfile.TemporaryDirectory() as base:  # empty caches, so that the first row is a cold start
         os.environ["NANOCHAT_BASE_DIR"] = base
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(base, "compile_cache"))
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as the notebook does
         if given.data:
             corpus = prepare_corpus(given.data)
             vocab_size = PRESETS["cpu" if given.tiny else "a100"]["vocab_size"]

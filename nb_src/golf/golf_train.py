@@ -133,6 +133,8 @@ def compile_golf(model: GolfModel, optimizer: GolfOptimizer | None, wanted: bool
     if not works:
         print0(f"torch.compile is not available here ({reason}); training eagerly: slower, otherwise the same")
         return model
+    # one form for each depth, in training and in scoring: with torch's eight a run of many depths would be an error
+    torch._dynamo.config.recompile_limit = 64
     if optimizer is not None:
         optimizer.compile()
     return torch.compile(model, dynamic=False, fullgraph=True)

@@ -133,7 +133,7 @@ def one_pass(model, batch_size: int, length: int) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this error, of whichever library, says that there was no memory."""
-    signs = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed")
+    signs = ("out of memory", "can't allocate memory", "_status_alloc_failed")  # the last of cuBLAS and cuDNN
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return known or any(sign in str(error).lower() for sign in signs)
 
