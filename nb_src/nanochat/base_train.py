@@ -58,7 +58,6 @@ def prepare_for_training(model: GPT, optimizer, batch_size: int, length: int, se
     device, compiles = model.get_device(), options.compile
     model.recompute = options.recompute
     if options.fp8:
-        require_fp8(device, batch_size * length, options.compile)
         converted, skipped = convert_to_fp8(model)
         print0(f"fp8: {len(converted)} matrices multiply in fp8, {len(skipped)} are too small or in the loss")
     if compiles:
@@ -69,6 +68,8 @@ def prepare_for_training(model: GPT, optimizer, batch_size: int, length: int, se
             print0(f"torch.compile is not available here ({reason}); training eagerly: slower, otherwise the same")
 
     def prepare(size: int) -> None:
+        if options.fp8:
+            require_fp8(device, size * length, options.compile)
         if compiles:
             model.compile(size, length)
             optimizer.compile()
