@@ -116,10 +116,9 @@ def test_a_compiled_model_with_derivatives_from_the_result_learns_the_same_and_k
     assert saved_bytes(model, idx) <= usual_bytes - 2 * 4.5 * layer, "five numbers of each layer, give or take"
 
 
-def test_every_shape_is_compiled_however_many_there_were_before(quick_compiler, monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True)
+def test_every_shape_is_compiled_however_many_there_were_before(quick_compiler):
     """After eight forms of a function torch gives up compiling, with a warning nobody reads: half the speed."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 4)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     model, idx = model_and_batch()
     for batch_size in (2, 1):
         model.compile(batch_size, 64)
