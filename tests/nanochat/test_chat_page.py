@@ -16,7 +16,7 @@ from nanochat.chat_page import CHAT_PAGE, CHAT_SCRIPT, show_chat
 
 TOKEN = "a-token-of-this-test"
 REMOTE = "jupyter.test"  # the browser is told that this name is loopback, so it stands for a Jupyter on another machine
-expect.set_options(timeout=5000)
+expect.set_options(timeout=20_000)  # milliseconds; a busy machine answers late
 
 
 class Answer(BaseHTTPRequestHandler):

@@ -54,6 +54,8 @@ def history_of(path: Path) -> list[dict]:
             position += room
             continue
         _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        if position + 7 + length > len(data):  # it is still being written
+            break
         message += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # a whole record, or the last piece of one
@@ -62,6 +64,17 @@ def history_of(path: Path) -> list[dict]:
                 items = parsed.history.item
                 rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
     return rows
+
+
+def history_when_written(folder, records: int) -> list[dict]:
+    """The history of one part of a run; the client writes it from a process of its own, late on a busy machine."""
+    deadline = time.monotonic() + 60
+    while True:
+        files = list(folder.glob("*.wandb"))
+        history = history_of(files[0]) if files and files[0].stat().st_size else []
+        if len(history) >= records or time.monotonic() > deadline:
+            return history
+        time.sleep(0.2)
 
 
 def fake_colab(monkeypatch, get):
@@ -149,7 +162,7 @@ def test_offline_run_keeps_history_and_resumes(tmp_path, capfd, monkeypatch):
     assert last_line.endswith(f"wandb sync '{parts[0]}' '{parts[1]}'")
     assert said.out.count("\n") == 2 and said.err == ""
     for part, step in zip(parts, (0, 100), strict=True):
-        evaluation, train = history_of(next(part.glob("*.wandb")))
+        evaluation, train = history_when_written(part, records=2)
         assert EVAL_KEYS <= evaluation.keys() and evaluation["val/bpb"] == 1.01 and evaluation["step"] == step
         assert TRAIN_KEYS - train.keys() == {"train/mfu"}, "an unknown value is left out, not logged as null"
         assert train["train/loss"] == 3.4 and train["step"] == step
@@ -168,9 +181,6 @@ def test_unreachable_server_falls_back_to_offline(key, tmp_path, monkeypatch, ca
     assert said.out.startswith("wandb: going offline") and said.out.count("\n") == 2
     assert key not in said.out + said.err
     part = next((tmp_path / "base dir" / "wandb").glob("offline-run-*"))
-    deadline = time.monotonic() + 20  # the client writes from a process of its own, late on a busy machine
-    while not (history := history_of(next(part.glob("*.wandb")))) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert [record["val/bpb"] for record in history] == [1.5]
+    assert [record["val/bpb"] for record in history_when_written(part, records=1)] == [1.5]
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert key.encode() not in written
