@@ -121,13 +121,18 @@ def require_equal_weights(parameters: list[nn.Parameter], when: str) -> None:
 # %% [markdown]
 # ### `train_on_chunk`
 # Sequences are divided over the processes and their losses summed. The sum of all gradients is divided by the number
-# of all tokens, so that it does not matter who had how many. That sum is also what makes everybody wait: no process
-# can take a step before all have finished scoring the chunk.
+# of all tokens, so that it does not matter who had how many, or in how many parts they went through the model. That
+# sum is also what makes everybody wait: no process can take a step before all have finished scoring the chunk.
 
 
 # %%
-def train_on_chunk(model, parameters, optimizer, stream, chunk: range, length: int, settings, device, watch) -> None:
-    """Train some epochs on the targets of a chunk, in whole sequences of `length`. Every rank must call it."""
+def train_on_chunk(
+    model, parameters, optimizer, stream, chunk: range, length: int, settings, at_once: int, device, watch
+) -> None:
+    """Train some epochs on the targets of a chunk, in whole sequences of `length`. Every rank must call it.
+
+    at_once: the most sequences in one forward and backward.
+    """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if is_ddp_initialized() else (0, 1)
     starts = range(chunk.start, chunk.stop - length + 1, length)
     for _ in range(settings.ttt_epochs):
@@ -137,8 +142,8 @@ def train_on_chunk(model, parameters, optimizer, stream, chunk: range, length: i
             mine = share_of_windows(batch, rank, world_size)
             if mine:
                 tokens = stream[mine[0] : mine[-1] + length + 1].to(device, torch.int64)
-                rows = tokens.unfold(0, length + 1, length)
-                model(rows[:, :-1], rows[:, 1:], reduction="sum").backward(inputs=parameters)
+                for rows in tokens.unfold(0, length + 1, length).split(at_once):
+                    model(rows[:, :-1], rows[:, 1:], reduction="sum").backward(inputs=parameters)
             reduce_gradients(parameters, 1 / (len(batch) * length))
             nn.utils.clip_grad_norm_(parameters, settings.ttt_grad_clip)
             if watch is not None:
@@ -170,9 +175,10 @@ def score_with_sgd_ttt(
 ) -> BpbSums:
     """Score every target of a stream once, and train on each chunk once it is scored. Golf spec 4.8, form 1.
 
-    stream, byte_tables, length, stride, batch_windows, device: as for `score_stream`. watch: as there; it also hears
-    updated(targets) right before each step, with the targets of all processes. Every rank must call it, and all get
-    the same sums. Raises UserError when a chunk cannot hold one sequence.
+    stream, byte_tables, length, stride, device: as for `score_stream`. batch_windows: as there, and the most sequences
+    that are trained on at once; it changes no step. watch: as there; it also hears updated(targets) right before each
+    step, with the targets of all processes. Every rank must call it, and all get the same sums. Raises UserError when a
+    chunk cannot hold one sequence.
     """
     if settings.ttt_chunk_tokens < length:
         raise UserError(
@@ -201,7 +207,9 @@ def score_with_sgd_ttt(
             if c < n_chunks - 1:
                 optimizer.param_groups[0]["lr"] = settings.ttt_lr * (1 + math.cos(math.pi * c / (n_chunks - 1))) / 2
                 chunk = range(c * settings.ttt_chunk_tokens, (c + 1) * settings.ttt_chunk_tokens)
-                train_on_chunk(model, parameters, optimizer, stream, chunk, length, settings, device, watch)
+                train_on_chunk(
+                    model, parameters, optimizer, stream, chunk, length, settings, batch_windows, device, watch
+                )
             if c % CHECKSUM_EVERY == CHECKSUM_EVERY - 1 or c == n_chunks - 1:
                 require_equal_weights(parameters, f"after chunk {c + 1} of {n_chunks}")
     finally:

@@ -77,6 +77,20 @@ def test_sgd_form_is_the_spec(make, params):
     assert score.sums[0].item() == pytest.approx(reference_sgd_ttt(make(), stream, settings), rel=1e-4)
 
 
+def test_training_takes_no_more_at_once_than_scoring():
+    """A GPU that trained and scored within its memory, and runs out of it at the first step of the evaluation."""
+    model, seen = golf_model(), []
+    settings = TTTSettings(**SMALL | {"ttt_chunk_tokens": 80, "ttt_batch_seqs": 5})
+    hook = model.register_forward_pre_hook(lambda _, inputs: seen.append((torch.is_grad_enabled(), len(inputs[0]))))
+    by_three, by_one = (
+        score_with_sgd_ttt(model, documents_stream(), byte_tables(), L, S, settings, at_once) for at_once in (3, 1)
+    )
+    hook.remove()
+    trained = [rows for training, rows in seen if training]
+    assert trained == [3, 2] * settings.ttt_epochs + [1] * 5 * settings.ttt_epochs
+    torch.testing.assert_close(by_one.sums, by_three.sums, rtol=1e-6, atol=0)
+
+
 def test_weights_come_back_after_an_error():
     """An interrupted evaluation that leaves the adapted weights behind spoils everything that is measured later."""
     model, calls = golf_model(), []
