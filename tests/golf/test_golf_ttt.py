@@ -177,6 +177,32 @@ def test_lora_form_is_the_spec(make, begins):
     assert score.sums[0].item() == pytest.approx(reference_lora_ttt(make(), stream, settings), rel=1e-4)
 
 
+def test_frozen_weights_keep_nothing_for_their_gradients():
+    """Evaluation that takes the memory of a training, for gradients of weights that do not learn."""
+    model, kept = recurrent_model(), []
+    weights = {p.data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in weights:
+            kept.append(tensor)
+        return tensor
+
+    def bytes_kept():
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+        return sum(storages.values())
+
+    ids = documents_stream().long()[None, :25]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with DocumentAdapters(model, 2, 1):
+            model(ids[:, :-1], ids[:, 1:])
+        whole = bytes_kept()
+        kept.clear()
+        one_chunk = TTTSettings(**SMALL | dict(ttt_chunk_size=24))
+        score_with_lora_ttt(model, documents_stream(24, begins=(0,)), byte_tables(), one_chunk)
+    assert 0 < bytes_kept() < 0.7 * whole
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_text_before_the_first_document_is_scored_as_it_is():
     """Its beginning is not there, so no adapter may learn from it, and every target of the stream still counts."""
     model, stream = golf_model(), documents_stream(24, begins=())
