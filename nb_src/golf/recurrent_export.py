@@ -115,8 +115,11 @@ def calibrate(model: GolfModel, batches, **options) -> HessianSums:
         else:
             sums.watch({f"{name}.mlp.fc.weight": block.mlp.fc})
         sums.share(f"{name}.attn.c_q.weight", shared)
-    for inputs in batches:
-        sums.add("tok_emb.weight", model.trunk(inputs, **options))
+    try:
+        for inputs in batches:
+            sums.add("tok_emb.weight", model.trunk(inputs, **options))
+    finally:  # the model is used again, also after the stop button
+        sums.stop()
     sums.finish()
     return sums
 
