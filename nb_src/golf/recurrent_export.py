@@ -182,7 +182,7 @@ def export_golf(folder, model: GolfModel, hessians: HessianSums, params: dict, h
     require_artifact_fits(size_rows, code_bytes, len(encoded.blob), limit)
     write_atomic(Path(folder) / GOLF_ARTIFACT, encoded.blob)
     nearest, _ = quantize_state(state, rules)
-    write_artifact(Path(folder) / NEAREST_ARTIFACT, nearest, header, compressor, 0, 2 * limit)
+    write_artifact(Path(folder) / NEAREST_ARTIFACT, nearest, header, encoded.codec, 0, 2 * limit)
     return dict(
         sigmas=sigmas, trials=trials, table=table, size_rows=size_rows, codec=encoded.codec, bytes=len(encoded.blob),
         bytes_from_shapes=math.ceil(sum(predicted_size(shapes, rules).values())),
