@@ -104,17 +104,14 @@ def window_losses(
         for i in range(0, len(group), size):
             batch = group[i : i + size]
             low, high = batch[0].start, batch[-1].end
-            # dummy rows at the end of a short batch score nothing
-            starts = torch.tensor([w.start for w in batch] + [low] * (size - len(batch)))[:, None]
-            ends = torch.tensor([w.end for w in batch] + [low] * (size - len(batch)))[:, None]
-            span = stream[low : high + 1].to(torch.int64)
-            span = F.pad(span, (0, batch[-1].start + length - high))
-            rows = span[starts - low + torch.arange(length + 1)].to(device)
-            losses = losses_of(rows[:, :-1], rows[:, 1:], last=last)
-            counts = (starts + torch.arange(skipped, length) < ends).to(losses.device)
-            scored, losses = range(batch[0].first, high), losses[counts]
+            span = stream[low : high + 1].to(device, torch.int64)
+            span = F.pad(span, (0, low + (size - 1) * last + length - high))
+            rows = span.unfold(0, length + 1, last)  # windows lie as far apart as each has targets that count
+            scored = range(batch[0].first, high)
+            losses = losses_of(rows[:, :-1], rows[:, 1:], last=last).flatten()[: len(scored)]
             if watch is not None:
-                report_scores(watch, scored, losses, partial(losses_of, rows[:, :-1], None, last=last), counts)
+                logits_of = partial(losses_of, rows[:, :-1], None, last=last)
+                report_scores(watch, scored, losses, lambda: logits_of().flatten(0, 1), slice(len(scored)))  # noqa: B023
             yield scored, losses
 
 

@@ -14,6 +14,7 @@
 # %%
 import math
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -121,13 +122,18 @@ def require_equal_weights(parameters: list[nn.Parameter], when: str) -> None:
 # %% [markdown]
 # ### `train_on_chunk`
 # Sequences are divided over the processes and their losses summed. The sum of all gradients is divided by the number
-# of all tokens, so that it does not matter who had how many. That sum is also what makes everybody wait: no process
-# can take a step before all have finished scoring the chunk.
+# of all tokens, so that it does not matter who had how many, or in how many parts they went through the model. That
+# sum is also what makes everybody wait: no process can take a step before all have finished scoring the chunk.
 
 
 # %%
-def train_on_chunk(model, parameters, optimizer, stream, chunk: range, length: int, settings, device, watch) -> None:
-    """Train some epochs on the targets of a chunk, in whole sequences of `length`. Every rank must call it."""
+def train_on_chunk(
+    model, parameters, optimizer, stream, chunk: range, length: int, settings, at_once: int, device, watch
+) -> None:
+    """Train some epochs on the targets of a chunk, in whole sequences of `length`. Every rank must call it.
+
+    at_once: the most sequences in one forward and backward.
+    """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if is_ddp_initialized() else (0, 1)
     starts = range(chunk.start, chunk.stop - length + 1, length)
     for _ in range(settings.ttt_epochs):
@@ -137,8 +143,8 @@ def train_on_chunk(model, parameters, optimizer, stream, chunk: range, length: i
             mine = share_of_windows(batch, rank, world_size)
             if mine:
                 tokens = stream[mine[0] : mine[-1] + length + 1].to(device, torch.int64)
-                rows = tokens.unfold(0, length + 1, length)
-                model(rows[:, :-1], rows[:, 1:], reduction="sum").backward(inputs=parameters)
+                for rows in tokens.unfold(0, length + 1, length).split(at_once):
+                    model(rows[:, :-1], rows[:, 1:], reduction="sum").backward(inputs=parameters)
             reduce_gradients(parameters, 1 / (len(batch) * length))
             nn.utils.clip_grad_norm_(parameters, settings.ttt_grad_clip)
             if watch is not None:
@@ -170,9 +176,10 @@ def score_with_sgd_ttt(
 ) -> BpbSums:
     """Score every target of a stream once, and train on each chunk once it is scored. Golf spec 4.8, form 1.
 
-    stream, byte_tables, length, stride, batch_windows, device: as for `score_stream`. watch: as there; it also hears
-    updated(targets) right before each step, with the targets of all processes. Every rank must call it, and all get
-    the same sums. Raises UserError when a chunk cannot hold one sequence.
+    stream, byte_tables, length, stride, device: as for `score_stream`. batch_windows: as there, and the most sequences
+    that are trained on at once; it changes no step. watch: as there; it also hears updated(targets) right before each
+    step, with the targets of all processes. Every rank must call it, and all get the same sums. Raises UserError when a
+    chunk cannot hold one sequence.
     """
     if settings.ttt_chunk_tokens < length:
         raise UserError(
@@ -201,7 +208,9 @@ def score_with_sgd_ttt(
             if c < n_chunks - 1:
                 optimizer.param_groups[0]["lr"] = settings.ttt_lr * (1 + math.cos(math.pi * c / (n_chunks - 1))) / 2
                 chunk = range(c * settings.ttt_chunk_tokens, (c + 1) * settings.ttt_chunk_tokens)
-                train_on_chunk(model, parameters, optimizer, stream, chunk, length, settings, device, watch)
+                train_on_chunk(
+                    model, parameters, optimizer, stream, chunk, length, settings, batch_windows, device, watch
+                )
             if c % CHECKSUM_EVERY == CHECKSUM_EVERY - 1 or c == n_chunks - 1:
                 require_equal_weights(parameters, f"after chunk {c + 1} of {n_chunks}")
     finally:
@@ -261,6 +270,26 @@ class DocumentAdapters:
 
 
 # %% [markdown]
+# ### `frozen_weights`
+# Only the adapters learn. Unless autograd is told so, it keeps the input of every matrix for a gradient that nobody
+# will ask for: about half of all that it keeps.
+
+
+# %%
+@contextmanager
+def frozen_weights(model):
+    """While entered, no weight of the model asks for a gradient."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in learning:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in learning:
+            p.requires_grad_(True)
+
+
+# %% [markdown]
 # ### `stream_documents`
 # A document's targets go up to the next begin of document, which is a prediction like any other, so nothing is lost
 # between two documents. What a stream holds before its first document belongs to one whose beginning is not there: it
@@ -301,7 +330,7 @@ def score_documents(model, padded, documents, sums: BpbSums, tables, settings: T
     learns = torch.tensor([learns for _, learns in documents])
     adapters = DocumentAdapters(model, settings.ttt_lora_rank, len(documents), device)
     optimizer = torch.optim.Adam(adapters.weights, settings.ttt_lora_lr, betas=(0.9, 0.95), eps=1e-10)
-    with adapters, torch.enable_grad():
+    with frozen_weights(model), adapters, torch.enable_grad():
         for begin in range(0, len(documents[0][0]), size):  # counted from the beginning of each document
             alive = int((starts + begin < ends).sum())
             context = min(begin + size, length)
@@ -320,7 +349,7 @@ def score_documents(model, padded, documents, sums: BpbSums, tables, settings: T
             trains = learns[:alive] & (first + size < ends[:alive])
             if trains.any():
                 optimizer.zero_grad()
-                (losses[trains.to(losses.device)].sum() / size).backward(inputs=adapters.weights)
+                (losses[trains.to(losses.device)].sum() / size).backward()
                 if watch is not None:
                     for i in trains.nonzero()[:, 0].tolist():
                         watch.updated(range(int(first[i]), int(first[i]) + size), documents[i][0])

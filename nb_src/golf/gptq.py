@@ -39,6 +39,8 @@ class HessianSums:
     ... run the model on calibration tokens ...
     sums.finish()  # on every rank
     sums["blocks.0.attn.c_k.weight"]
+
+    If something fails before `finish`, call `stop`.
     """
 
     def __init__(self):
@@ -65,13 +67,17 @@ class HessianSums:
             self.sums[name] = product
         self.tokens[name] = self.tokens.get(name, 0) + len(rows)
 
+    def stop(self) -> None:
+        """Listen no longer."""
+        for hook in self.hooks.values():
+            hook.remove()
+
     def finish(self) -> None:
         """Stop listening, and add up over ranks. Every rank must call it, each after at least one batch.
 
         Raises UserError when a watched layer never ran or a sum is not finite.
         """
-        for hook in self.hooks.values():
-            hook.remove()
+        self.stop()
         if silent := [name for name in self.hooks if name not in self.sums]:
             raise UserError(
                 f"no calibration input reached {', '.join(silent)}. Run at least one batch through the eager model."

@@ -115,8 +115,11 @@ def calibrate(model: GolfModel, batches, **options) -> HessianSums:
         else:
             sums.watch({f"{name}.mlp.fc.weight": block.mlp.fc})
         sums.share(f"{name}.attn.c_q.weight", shared)
-    for inputs in batches:
-        sums.add("tok_emb.weight", model.trunk(inputs, **options))
+    try:
+        for inputs in batches:
+            sums.add("tok_emb.weight", model.trunk(inputs, **options))
+    finally:  # the model is used again, also after the stop button
+        sums.stop()
     sums.finish()
     return sums
 
@@ -179,7 +182,7 @@ def export_golf(folder, model: GolfModel, hessians: HessianSums, params: dict, h
     require_artifact_fits(size_rows, code_bytes, len(encoded.blob), limit)
     write_atomic(Path(folder) / GOLF_ARTIFACT, encoded.blob)
     nearest, _ = quantize_state(state, rules)
-    write_artifact(Path(folder) / NEAREST_ARTIFACT, nearest, header, compressor, 0, 2 * limit)
+    write_artifact(Path(folder) / NEAREST_ARTIFACT, nearest, header, encoded.codec, 0, 2 * limit)
     return dict(
         sigmas=sigmas, trials=trials, table=table, size_rows=size_rows, codec=encoded.codec, bytes=len(encoded.blob),
         bytes_from_shapes=math.ceil(sum(predicted_size(shapes, rules).values())),

@@ -77,6 +77,20 @@ def test_sgd_form_is_the_spec(make, params):
     assert score.sums[0].item() == pytest.approx(reference_sgd_ttt(make(), stream, settings), rel=1e-4)
 
 
+def test_training_takes_no_more_at_once_than_scoring():
+    """A GPU that trained and scored within its memory, and runs out of it at the first step of the evaluation."""
+    model, seen = golf_model(), []
+    settings = TTTSettings(**SMALL | {"ttt_chunk_tokens": 80, "ttt_batch_seqs": 5})
+    hook = model.register_forward_pre_hook(lambda _, inputs: seen.append((torch.is_grad_enabled(), len(inputs[0]))))
+    by_three, by_one = (
+        score_with_sgd_ttt(model, documents_stream(), byte_tables(), L, S, settings, at_once) for at_once in (3, 1)
+    )
+    hook.remove()
+    trained = [rows for training, rows in seen if training]
+    assert trained == [3, 2] * settings.ttt_epochs + [1] * 5 * settings.ttt_epochs
+    torch.testing.assert_close(by_one.sums, by_three.sums, rtol=1e-6, atol=0)
+
+
 def test_weights_come_back_after_an_error():
     """An interrupted evaluation that leaves the adapted weights behind spoils everything that is measured later."""
     model, calls = golf_model(), []
@@ -161,6 +175,32 @@ def test_lora_form_is_the_spec(make, begins):
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(weights, model.parameters(), strict=True))
     assert not any(module._forward_hooks for module in model.modules())
     assert score.sums[0].item() == pytest.approx(reference_lora_ttt(make(), stream, settings), rel=1e-4)
+
+
+def test_frozen_weights_keep_nothing_for_their_gradients():
+    """Evaluation that takes the memory of a training, for gradients of weights that do not learn."""
+    model, kept = recurrent_model(), []
+    weights = {p.data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in weights:
+            kept.append(tensor)
+        return tensor
+
+    def bytes_kept():
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+        return sum(storages.values())
+
+    ids = documents_stream().long()[None, :25]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with DocumentAdapters(model, 2, 1):
+            model(ids[:, :-1], ids[:, 1:])
+        whole = bytes_kept()
+        kept.clear()
+        one_chunk = TTTSettings(**SMALL | dict(ttt_chunk_size=24))
+        score_with_lora_ttt(model, documents_stream(24, begins=(0,)), byte_tables(), one_chunk)
+    assert 0 < bytes_kept() < 0.7 * whole
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_text_before_the_first_document_is_scored_as_it_is():

@@ -161,6 +161,19 @@ def test_calibration_passes_its_options_on():
     assert torch.allclose(rms_normalise(model.trunk(batches(1)[0])), model.trunk(batches(1)[0]), atol=1e-5)
 
 
+def test_an_interrupted_calibration_leaves_the_model_alone():
+    """Hooks of a calibration that was stopped go on adding up products in every score from then on."""
+    model = realistic_model()
+
+    def stopped():
+        yield batches(1)[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, stopped())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
