@@ -58,7 +58,7 @@ class ByteTokenizer:
     def decode_batch(self, documents: list[np.ndarray]) -> list[str]:
         """The text of each row of tokens; U+FFFD for bytes that are not UTF-8."""
         return [
-            bytes(int(token) - BYTE_OFFSET for token in tokens if token >= BYTE_OFFSET).decode("utf-8", "replace")
+            (tokens[tokens >= BYTE_OFFSET] - BYTE_OFFSET).astype(np.uint8).tobytes().decode("utf-8", "replace")
             for tokens in documents
         ]
 
