@@ -122,6 +122,56 @@ def test_one_planted_fault_is_found(record, name, old, new, rule):
     assert of_rule(lint_submission(record), rule, "error"), finding_rows(lint_submission(record))
 
 
+def test_an_empty_json_lacks_everything(record):
+    """The emptiest claim of all, and the only one that was never compared."""
+    (clean(record) / "submission.json").write_text("{}")
+    assert "lacks author, github_id, name, date, val_bpb" in of_rule(lint_submission(record), "json-keys", "error")[0]
+
+
+def test_logs_without_a_seed_are_several_logs(record):
+    """Three runs that do not say their seed counted as one, and the mean of all three called wrong."""
+    clean(record)
+    for path in record.glob("*.log"):
+        edit(record, path.name, "\nseed:", "\nrandom:")
+    claims = json.loads((record / "submission.json").read_text()) | {"val_loss": 2.02844619, "val_bpb": 1.20136009}
+    (record / "submission.json").write_text(json.dumps(claims))
+    findings = lint_submission(record)
+    assert {(f.severity, f.rule) for f in findings} == {("note", "paths"), ("warning", "seeds")}
+    edit(record, "submission.json", "1.20136009", "1.20136")
+    edit(record, "submission.json", "2.02844619", "2.0283")
+    assert "train.log 2.02857127" in of_rule(lint_submission(record), "val-loss", "error")[0]
+
+
+def test_the_settings_of_the_readme_are_held_against_the_logs(record):
+    """A README that tells of another sequence length, or of a warmdown that nobody can check."""
+    findings = lint_submission(record)
+    (silent,) = of_rule(findings, "readme-setting")
+    assert "WARMDOWN_ITERS=3000" in silent and "TRAIN_SEQ_LEN" not in silent  # the logs print this one
+    edit(clean(record), "README.md", "script ", "`SEED=1338 TRAIN_SEQ_LEN=2048`, MAX_WALLCLOCK_SECONDS=600. ")
+    (told,) = of_rule(lint_submission(record), "readme-setting", "warning")
+    assert told == "README.md: TRAIN_SEQ_LEN is 2048, the logs print 4096"
+
+
+def test_weights_inside_the_script_are_weighed(record):
+    """A script of sixteen megabytes beside logs that name no model."""
+    for path in clean(record).glob("*.log"):
+        path.unlink()
+    (record / "train_gpt.py").write_text(f"weights = '{'a' * 16_000_000}'\n")
+    (message,) = of_rule(lint_submission(record), "size-limit", "error")
+    assert "0 bytes of model and 16,000,013 of code are 13 bytes over the limit" in message
+
+
+def test_a_model_file_serves_where_the_logs_are_silent(record):
+    """A total that could have been checked, because the model lies in the folder."""
+    for path in clean(record).glob("*.log"):
+        lines = path.read_text().split("\n")
+        path.write_text("\n".join(line for line in lines if not line.startswith(("Serialized", "Total"))))
+    (record / "final_model.golf").write_bytes(bytes(15_820_684))
+    assert not {f.rule for f in lint_submission(record)} & {"model-unknown", "bytes-total"}
+    edit(record, "submission.json", "15868443", "15868326")
+    assert "15,868,443" in of_rule(lint_submission(record), "bytes-total", "error")[0]
+
+
 def test_a_model_file_is_measured(record):
     """A model at hand that is not the one in the logs, or that leaves almost no room, must not pass."""
     (clean(record) / "final_model.golf").write_bytes(bytes(15_820_683))
@@ -231,9 +281,12 @@ def test_missing_files_links_and_damage_are_findings(tmp_path):
     (folder / "submission.json").write_text('{"val_bpb": 1e999, "seeds": 3, "date": 5, "bytes_total": "x"}')
     (folder / "train_gpt.py").write_text("def broken(:\n")
     (folder / "other.txt").symlink_to("/etc/passwd")
+    (folder / "gone.py").symlink_to("/nowhere/gone.py")
     findings = lint_submission(folder, run_import=True)
     assert of_rule(findings, "import", "error") and of_rule(findings, "json-keys") and of_rule(findings, "result")
-    assert any("links: other.txt" in message for message in of_rule(findings, "files"))
+    assert any("links: gone.py, other.txt" in message for message in of_rule(findings, "files"))
+    (folder / "train_gpt.py").write_text(f"x = './{'a' * 5000}'\n")
+    assert of_rule(lint_submission(folder), "paths", "note")
     (folder / "train.log").write_text("seed:1\nfinal val_loss:2.0 val_bpb:1.2 eval_time:1ms\n")
     (folder / "submission.json").write_text('{"val_bpb": NaN, "val_loss": Infinity, "seed_results": [1]}')
     assert of_rule(lint_submission(folder), "json-keys", "error")
