@@ -168,9 +168,10 @@ def load_golf_tokenizer(path, vocab_size: int | None = None) -> SentencePieceTok
     if Path(path).suffix == ".json":
         tokenizer = ByteTokenizer()
         try:
-            if json.loads(data) != json.loads(tokenizer.description()):
+            found, ours = json.loads(data), json.loads(tokenizer.description())
+            if found["vocab_size"] != ours["vocab_size"] or found["config"] != found["config"] | ours["config"]:
                 raise ValueError
-        except ValueError:
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{path} does not describe the byte tokenizer with 260 tokens. Export it again.") from None
     else:
         tokenizer = SentencePieceTokenizer(data, str(path))
@@ -212,6 +213,9 @@ class TokenizerSpec:
                 f'the tokenizer "{self.name}" has vocab_size {size!r}. It can be 261 to 65,536: 256 are bytes, and a '
                 "shard has two bytes for a token."
             )
+        limit = self.tokenizer_train_docs
+        if limit is not None and not (type(limit) is int and limit > 0):
+            raise UserError(f"tokenizer_train_docs is {limit!r}; it can be a whole number above 0, or be left out.")
         if is_byte and size not in (None, ByteTokenizer.vocab_size):
             raise UserError(f"the byte tokenizer has 260 tokens, and vocab_size {size} was asked for. Leave it out.")
         defaults = dict(kind="byte", name="pure_byte_260", dataset_suffix="byte260", vocab_size=260)
