@@ -61,6 +61,7 @@ from nanochat.stages import fingerprint_of
 # %%
 DOCUMENTS_FILE = "docs_selected.jsonl"
 SIDECAR_FILE = "docs_selected.source_manifest.json"
+ORIGIN_FILE = "manifest.source.json"  # which repository a manifest was fetched from
 
 
 def sha256_of_golf_file(path) -> str:
@@ -357,7 +358,8 @@ def export_golf_data(
             f"{num_val_docs:,} of {num_docs:,} documents cannot be for validation: training needs some too, and "
             "validation at least one. Change num_val_docs."
         )
-    (folder / "manifest.json").unlink(missing_ok=True)
+    for name in ("manifest.json", ORIGIN_FILE):
+        (folder / name).unlink(missing_ok=True)
     tokenizers, datasets = [], []
     for spec in specs:
         texts = islice(golf_documents(documents), spec.tokenizer_train_docs)
@@ -541,7 +543,7 @@ def check_tokenizer_file(path) -> None:
 
 def fetch_golf_manifest(repository: GolfRepository, folder: Path, skip_manifest: bool, retry_seconds) -> dict:
     """The manifest in `folder`, fetched unless it is there. Raises UserError when it is another repository's."""
-    path, note = folder / "manifest.json", folder / "manifest.source.json"
+    path, note = folder / "manifest.json", folder / ORIGIN_FILE
     origin = {"repo_id": repository.repo_id, "remote_root": repository.remote_root}
     if path.exists() or note.exists():
         try:

@@ -139,7 +139,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, overrides: dict |
             sentence_iterator=(text for text in cleaned if text), model_writer=model, **(settings | (overrides or {}))
         )
     except (RuntimeError, OSError, TypeError) as error:
-        reason = str(error).split("] ")[-1].strip().rstrip(".") or "no text that is short enough to learn from"
+        reason = str(error).split("] ")[-1].strip().rstrip(".")
+        reason = reason or "no text that is short enough to learn from: max_sentence_length is 4192 bytes if not given"
         raise UserError(
             f"a vocabulary of {vocab_size} pieces could not be trained ({reason}). Change vocab_size, the "
             "trainer_overrides, or the text."

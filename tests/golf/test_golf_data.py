@@ -446,6 +446,11 @@ def test_a_manifest_of_another_repository_is_detected(hub, published, tmp_path, 
         download_golf_data("byte260", 1, tmp_path / "data", retry_seconds=QUICK)
     with pytest.raises(UserError, match="from an unknown place"):
         download_golf_data("byte260", 1, export(tmp_path / "own", [BYTES]), retry_seconds=QUICK)
+    mine = tmp_path / "mine"
+    download_golf_data("byte260", 1, mine, with_docs=True, retry_seconds=QUICK)
+    export_golf_data(mine, [BYTES], shard_tokens=2000)  # other shards under the old names
+    with pytest.raises(UserError, match="from an unknown place"):
+        download_golf_data("byte260", 1, mine, retry_seconds=QUICK)
     with pytest.raises(UserError, match="Leave out skip_manifest"):
         download_golf_data("byte260", 1, tmp_path / "new", True, retry_seconds=QUICK)
 

@@ -363,10 +363,13 @@ def tried(folder, source, timeout=60.0):
     return next((f.severity, f.message) for f in findings if f.rule == "import")
 
 
-def test_the_import_is_tried_in_a_copy(tmp_path):
+def test_the_import_is_tried_in_a_copy(tmp_path, monkeypatch):
     """A script that fails, hangs or writes at import must be found out, and must leave the folder as it was."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "colorsys.py").write_text("1 / 0\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "elsewhere"))  # modules of mine that nobody else has
     folder, guard = tmp_path / "2026-01-01_x", "\nif __name__ == '__main__':\n    1 / 0\n"
-    assert tried(folder, "open('made', 'w').write('x')" + guard) == (
+    assert tried(folder, "import colorsys\nopen('made', 'w').write('x')" + guard) == (
         "note",
         "train_gpt.py imports from inside its folder",
     )
