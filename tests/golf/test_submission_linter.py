@@ -264,6 +264,29 @@ def test_the_early_validation_text_is_named(record):
     assert len(of_rule(lint_submission(record), "validation-text", "warning")) == 3
 
 
+def test_other_texts_are_found_without_their_number_of_targets(record):
+    """Logs that do not say what they scored, of which one is of another text: its bytes per token tell."""
+    for path in clean(record).glob("*.log"):
+        path.write_text(path.read_text().replace("tokens:62021632", ""))
+    assert not of_rule(lint_submission(record), "mixed-texts")
+    text = (record / "train.log").read_text()
+    for nats, bpb in (("2.0227", "1.1980"), ("2.3005", f"{2.3005 / 0.693147 / 2.43593:.4f}"), ("2.0286", "1.2014")):
+        text = text.replace(f"val_bpb:{bpb}", f"val_bpb:{float(nats) / 0.693147 / 2.4423:.4f}")
+    text = text.replace("val_bpb:1.20143417", f"val_bpb:{2.02857127 / 0.69314718 / 2.4423:.8f}")
+    (record / "train.log").write_text(text)
+    findings = lint_submission(record)
+    assert of_rule(findings, "mixed-texts", "error") and not of_rule(findings, "bytes-per-token")
+
+
+def test_a_score_of_nothing_is_no_score(tmp_path):
+    """ZeroDivisionError over somebody's log of a failed run; a log that ends in .txt and stops while training."""
+    (tmp_path / "train_gpt.py").write_text("pass\n")
+    (tmp_path / "train.log").write_text("seed:1\nfinal val_loss:0.0000 val_bpb:0.0000\n")
+    (tmp_path / "b.txt").write_text("step:9/20 train_loss:2.0 train_time:90ms\n")
+    (tmp_path / "notes.txt").write_text("not a log\n")
+    assert [message.split()[0] for message in of_rule(lint_submission(tmp_path), "result")] == ["b.txt", "train.log"]
+
+
 def test_missing_files_links_and_damage_are_findings(tmp_path):
     """Somebody else's folder may hold anything; the linter reports and does not fall over."""
     with pytest.raises(UserError, match="not a folder"):
