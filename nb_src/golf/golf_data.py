@@ -61,6 +61,7 @@ from nanochat.stages import fingerprint_of
 # %%
 DOCUMENTS_FILE = "docs_selected.jsonl"
 SIDECAR_FILE = "docs_selected.source_manifest.json"
+ORIGIN_FILE = "manifest.source.json"  # which repository a manifest was fetched from
 
 
 def sha256_of_golf_file(path) -> str:
@@ -119,7 +120,8 @@ def read_golf_manifest(folder) -> dict:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         for dataset in manifest["datasets"]:
-            missing = {"files_val", "files_train", "tokens_val", "tokens_train"} - set(dataset["stats"])
+            counted = {f"{what}_{split}" for what in ("docs", "files", "tokens") for split in ("val", "train")}
+            missing = counted - set(dataset["stats"])
             if missing or not re.fullmatch(r"[\w-]+", dataset["name"]):
                 raise ValueError(f"{dataset['name']} lacks {', '.join(sorted(missing)) or 'a plain name'}")
             manifest_tokenizer_files(manifest, dataset)
@@ -133,7 +135,9 @@ def read_golf_manifest(folder) -> dict:
 def manifest_tokenizer_files(manifest: dict, dataset: dict) -> list[str]:
     """The tokenizer files of a dataset, relative to the export folder; the one to load comes first."""
     entry = next(each for each in manifest["tokenizers"] if each["name"] == dataset["tokenizer_name"])
-    names = [entry["path"]] if "path" in entry else [entry["model_path"], entry["vocab_path"]]
+    names = [entry[key] for key in ("path", "model_path", "vocab_path") if entry.get(key)]
+    if not names:
+        raise ValueError(f"the tokenizer {entry['name']} has no file")
     for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{name} lies outside the folder")
@@ -169,10 +173,11 @@ def open_golf_data(folder, variant: str = "sp1024", train_shards: int = -1) -> G
             )
     if train_shards > len(train_files):
         raise UserError(f"{path} has {len(train_files)} training shards and {train_shards} were asked for.")
-    tokenizer = load_golf_tokenizer(folder / manifest_tokenizer_files(manifest, dataset)[0], dataset["vocab_size"])
+    tokenizer_path = folder / manifest_tokenizer_files(manifest, dataset)[0]
+    tokenizer = load_golf_tokenizer(tokenizer_path, dataset.get("vocab_size"))
     return GolfData(
         name=dataset["name"], folder=str(folder), vocab_size=tokenizer.vocab_size, stats=stats,
-        tokenizer_path=str(folder / manifest_tokenizer_files(manifest, dataset)[0]),
+        tokenizer_path=str(tokenizer_path),
         train_files=tuple(map(str, train_files[: train_shards if train_shards > 0 else None])),
         val_files=tuple(map(str, val_files)),
     )  # fmt: skip
@@ -228,10 +233,10 @@ def write_golf_documents(folder, documents: Iterable[str], docs_val: int, **orig
 
 def golf_documents(path):
     """Yield the text of each document of a `docs_selected.jsonl`. Raises UserError with file and line."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                text = json.loads(line)["text"]
+                text = json.loads(line.decode("utf-8"))["text"]
                 if not isinstance(text, str):
                     raise TypeError("the text is no string")
             except (ValueError, KeyError, TypeError) as error:
@@ -353,7 +358,8 @@ def export_golf_data(
             f"{num_val_docs:,} of {num_docs:,} documents cannot be for validation: training needs some too, and "
             "validation at least one. Change num_val_docs."
         )
-    (folder / "manifest.json").unlink(missing_ok=True)
+    for name in ("manifest.json", ORIGIN_FILE):
+        (folder / name).unlink(missing_ok=True)
     tokenizers, datasets = [], []
     for spec in specs:
         texts = islice(golf_documents(documents), spec.tokenizer_train_docs)
@@ -537,7 +543,7 @@ def check_tokenizer_file(path) -> None:
 
 def fetch_golf_manifest(repository: GolfRepository, folder: Path, skip_manifest: bool, retry_seconds) -> dict:
     """The manifest in `folder`, fetched unless it is there. Raises UserError when it is another repository's."""
-    path, note = folder / "manifest.json", folder / "manifest.source.json"
+    path, note = folder / "manifest.json", folder / ORIGIN_FILE
     origin = {"repo_id": repository.repo_id, "remote_root": repository.remote_root}
     if path.exists() or note.exists():
         try:

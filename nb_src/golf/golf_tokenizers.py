@@ -58,7 +58,7 @@ class ByteTokenizer:
     def decode_batch(self, documents: list[np.ndarray]) -> list[str]:
         """The text of each row of tokens; U+FFFD for bytes that are not UTF-8."""
         return [
-            bytes(int(token) - BYTE_OFFSET for token in tokens if token >= BYTE_OFFSET).decode("utf-8", "replace")
+            (tokens[tokens >= BYTE_OFFSET] - BYTE_OFFSET).astype(np.uint8).tobytes().decode("utf-8", "replace")
             for tokens in documents
         ]
 
@@ -139,7 +139,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, overrides: dict |
             sentence_iterator=(text for text in cleaned if text), model_writer=model, **(settings | (overrides or {}))
         )
     except (RuntimeError, OSError, TypeError) as error:
-        reason = str(error).split("] ")[-1].strip().rstrip(".") or "no text that is short enough to learn from"
+        reason = str(error).split("] ")[-1].strip().rstrip(".")
+        reason = reason or "no text that is short enough to learn from: max_sentence_length is 4192 bytes if not given"
         raise UserError(
             f"a vocabulary of {vocab_size} pieces could not be trained ({reason}). Change vocab_size, the "
             "trainer_overrides, or the text."
@@ -168,9 +169,10 @@ def load_golf_tokenizer(path, vocab_size: int | None = None) -> SentencePieceTok
     if Path(path).suffix == ".json":
         tokenizer = ByteTokenizer()
         try:
-            if json.loads(data) != json.loads(tokenizer.description()):
+            found, ours = json.loads(data), json.loads(tokenizer.description())
+            if found["vocab_size"] != ours["vocab_size"] or found["config"] != found["config"] | ours["config"]:
                 raise ValueError
-        except ValueError:
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{path} does not describe the byte tokenizer with 260 tokens. Export it again.") from None
     else:
         tokenizer = SentencePieceTokenizer(data, str(path))
@@ -212,6 +214,9 @@ class TokenizerSpec:
                 f'the tokenizer "{self.name}" has vocab_size {size!r}. It can be 261 to 65,536: 256 are bytes, and a '
                 "shard has two bytes for a token."
             )
+        limit = self.tokenizer_train_docs
+        if limit is not None and not (type(limit) is int and limit > 0):
+            raise UserError(f"tokenizer_train_docs is {limit!r}; it can be a whole number above 0, or be left out.")
         if is_byte and size not in (None, ByteTokenizer.vocab_size):
             raise UserError(f"the byte tokenizer has 260 tokens, and vocab_size {size} was asked for. Leave it out.")
         defaults = dict(kind="byte", name="pure_byte_260", dataset_suffix="byte260", vocab_size=260)

@@ -150,7 +150,7 @@ def t_test_rows(tests: list[TTest]) -> list[tuple[str, ...]]:
 # ### `significance_table`
 # The results of all seeds against the record, in both units. Three things are refused because they make the number
 # meaningless: results on different validation texts, results of different scripts, and a choice among the seeds that
-# were trained.
+# were trained. Two results are of one text when they have scored the same number of bytes, whatever their tokens are.
 
 
 # %%
@@ -179,6 +179,8 @@ def refuse_mixed_results(results, whose: str = "the results") -> float:
         if len(known) > 1:
             listed = ", ".join(sorted(str(value)[:12] for value in known))
             raise UserError(f"{whose} come from different {name} ({listed}). Train all seeds with one.")
+    if not all(0 < number < math.inf for result in results for number in (result.nats, result.bpb)):
+        raise UserError(f"{whose}: every score has to be a positive number. Look into the logs of these runs.")
     ratios = [bytes_per_token_of(result.nats, result.bpb) for result in results]
     if max(ratios) / min(ratios) - 1 > 2e-5:  # what five published digits leave open
         raise UserError(
@@ -186,6 +188,19 @@ def refuse_mixed_results(results, whose: str = "the results") -> float:
             "were measured on different texts. Evaluate all of them on one."
         )
     return math.fsum(ratios) / len(ratios)
+
+
+def refuse_other_text(results, previous) -> None:
+    """UserError when ours and the record's are known to be scores on different texts, by their numbers of bytes."""
+    sizes = []
+    for group in (results, previous):
+        targets = max(result.validation_targets for result in group)
+        sizes.append(targets * refuse_mixed_results(group))
+    if all(sizes) and max(sizes) / min(sizes) > 1.001:  # a few thousandths of a percent are the ends of the stream
+        raise UserError(
+            f"our text has {sizes[0] / 1e6:.1f} million bytes and the record's {sizes[1] / 1e6:.1f}, so the scores do "
+            "not compare. Take the record's results on our text."
+        )
 
 
 def significance_table(results, previous, trained_seeds=None) -> tuple[list[TTest], str]:
@@ -198,6 +213,7 @@ def significance_table(results, previous, trained_seeds=None) -> tuple[list[TTes
     """
     bytes_per_token = refuse_mixed_results(results, "our results")
     previous_ratio = refuse_mixed_results(previous, "the record's results")
+    refuse_other_text(results, previous)
     left_out = sorted(set(trained_seeds or ()) - {result.seed for result in results})
     if left_out:
         raise UserError(
@@ -218,9 +234,8 @@ def significance_table(results, previous, trained_seeds=None) -> tuple[list[TTes
     sentence = f"{verdict} the rule of {RECORD_MARGIN_NATS} nats at p < {RECORD_P}: p = {official.p:.4f} in nats"
     if not one_unit:
         ratios = f"{bytes_per_token:.5f} and {previous_ratio:.5f} bytes each"
-        sentence = (
-            sentence.removesuffix("nats") + f"bits per byte; the tokens differ ({ratios}), so nats do not compare"
-        )
+        sentence = sentence.removesuffix("nats")
+        sentence += f"bits per byte; nats do not compare, since the tokens differ ({ratios}), if not the texts"
     return tests, sentence
 
 

@@ -34,6 +34,7 @@ from golf.submission_linter import (
     TrainingLog,
     lint_submission,
     parse_training_log,
+    same_setting,
     training_time_to_judge,
 )
 from nanochat.runtime import UserError, get_dist_info, write_atomic
@@ -251,14 +252,6 @@ def seed_results_of(runs: list[MeasuredRun]) -> list[SeedResult]:
 def refuse_submission(faults: list[str]) -> None:
     if faults:
         raise UserError("the submission is not complete:\n" + "\n".join(f"- {fault}" for fault in faults))
-
-
-def same_setting(a: str, b: str) -> bool:
-    try:
-        return float(a) == float(b)
-    except ValueError:
-        words = {"true": "1", "false": "0"}
-        return words.get(a.lower(), a) == words.get(b.lower(), b)
 
 
 def runs_of_script(run_dir, script: bytes) -> list[Path]:

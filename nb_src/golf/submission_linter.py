@@ -222,7 +222,8 @@ class ShippedCode:
 
 def shipped_code(folder) -> ShippedCode:
     data = (Path(folder) / SUBMISSION_SCRIPT).read_bytes()
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in Path(folder).rglob("*.py")}
+    files = [path for path in Path(folder).rglob("*.py") if path.is_file() and not path.is_symlink()]
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     source = unpack_script(data) or data.decode("utf-8", "replace")
     return ShippedCode(data, source, sum(sizes.values()), sorted(sizes.keys() - {SUBMISSION_SCRIPT}))
 
@@ -256,7 +257,8 @@ def check_script(folder, code: ShippedCode, requirements: str, run_import: bool,
         message = f"code is expected in one script; counted with it: {', '.join(code.modules)}"
         yield Finding("warning", "code-files", message)
     strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    outside = [s for s in sorted(strings) if re.fullmatch(r"\.\.?/[\w./*-]+", s) and not (Path(folder) / s).exists()]
+    paths = [string for string in sorted(strings) if re.fullmatch(r"\.\.?/[\w./*-]+", string)]
+    outside = [path for path in paths if not os.path.exists(os.path.join(folder, path))]
     if outside:
         yield Finding("note", "paths", f"paths that do not exist inside the folder: {', '.join(outside)}")
     declared = {re.split(r"[^\w.-]", line.strip())[0].replace("-", "_").lower() for line in requirements.split("\n")}
@@ -357,20 +359,22 @@ def wrong_total(claimed: int, code: ShippedCode, logs: list[TrainingLog], models
 
 def check_sizes(folder, code: ShippedCode, logs: list[TrainingLog], claims: dict, readme: str):
     """Findings about bytes. claims: the JSON, numbers as int or Decimal."""
+    files = [path for path in sorted(Path(folder).iterdir()) if path.suffix in (".ptz", ".golf") and path.is_file()]
+    files = {path.name: {"model": path.stat().st_size} for path in files}
     models = {log.sizes["model"]: log.name for log in logs if "model" in log.sizes}
-    files = [path for path in sorted(Path(folder).iterdir()) if path.suffix in (".ptz", ".golf")]
-    stated = {log.name: log.sizes for log in logs} | {path.name: {"model": path.stat().st_size} for path in files}
+    models = models or {sizes["model"]: name for name, sizes in files.items()}
+    stated = {log.name: log.sizes for log in logs} | files
     stated["submission.json"] = {"code": claims.get("bytes_code"), "total": claims.get("bytes_total")}
     stated["README.md"] = stated_sizes(readme)
     if not models:
         totals = [sizes["total"] for sizes in stated.values() if type(sizes.get("total")) is int]
         over = max(totals, default=0) - ARTIFACT_LIMIT_BYTES
-        message = "no log says how many bytes the model has, so no total can be checked"
+        message = "no log says how many bytes the model has, and it is not here, so no total can be checked"
         yield Finding("warning", "model-unknown", message)
         if over > 0:
             yield Finding("error", "size-limit", f"a total is claimed that is {over:,} bytes over the limit")
     for where, sizes in stated.items():
-        model, own, total = map(sizes.get, ("model", "code", "total"))
+        model, own, total = sizes.get("model", 0), sizes.get("code"), sizes.get("total")
         if isinstance(own, int) and own != code.code_bytes:
             how = counting_convention(own, code, logs)
             message = f"{where} counts {own:,} bytes of code, the shipped code has {code.code_bytes:,}: {how}"
@@ -380,7 +384,9 @@ def check_sizes(folder, code: ShippedCode, logs: list[TrainingLog], claims: dict
         if model and models and model not in models:
             message = f"{where}: the model has {model:,} bytes, the logs name {', '.join(f'{m:,}' for m in models)}"
             yield Finding("error", "model-bytes", message)
-        room = ARTIFACT_LIMIT_BYTES - code.code_bytes - (model or 0)
+    heavy = {where: sizes["model"] for where, sizes in stated.items() if "model" in sizes} or {SUBMISSION_SCRIPT: 0}
+    for where, model in heavy.items():
+        room = ARTIFACT_LIMIT_BYTES - code.code_bytes - model
         if room < ARTIFACT_LIMIT_BYTES - SUBMISSION_WARNING_BYTES:
             verdict = f"{-room:,} bytes over the limit" if room < 0 else f"{room:,} bytes below the limit"
             message = f"{where}: {model:,} bytes of model and {code.code_bytes:,} of code are {verdict}"
@@ -475,7 +481,7 @@ def check_logs(logs: list[TrainingLog], code: ShippedCode, record_track: bool, c
     if len(scored) < 3 and record_track:
         yield Finding("warning", "significance", f"{len(scored)} scored logs: a record normally shows three seeds")
     if previous and len(scored) > 1:
-        results = [SeedResult(number, *map(float, log.result)) for number, log in enumerate(scored)]
+        results = [SeedResult(n, *map(float, log.result), "", log.targets) for n, log in enumerate(scored)]
         try:
             tests, sentence = significance_table(results, previous)
         except UserError as error:
@@ -499,19 +505,16 @@ def check_json(claims: dict, logs: list[TrainingLog], code: ShippedCode):
     missing = [key for key in SUBMISSION_KEYS if claims.get(key) in (None, "")]
     if missing:
         yield Finding("error", "json-keys", f"submission.json lacks {', '.join(missing)}")
-    entries = [(key, claims.get(key), type(claims.get(key)) is int) for key in ("bytes_total", "bytes_code")]
-    keys = ("val_loss", "val_bpb", "val_loss_std", "val_bpb_std")
-    entries += [(key, claims.get(key), is_number(claims.get(key))) for key in keys]
-    for key, value, right in entries:
-        if value is not None and not right:
-            message = f"submission.json: {key} is {value if is_number(value) else repr(value)}, which is no "
-            message += "whole number" if "bytes" in key else "number"
-            yield Finding("error", "json-keys", message)
-    scored = {str(log.seed): log for log in logs if log.result}
+    for key in ("bytes_total", "bytes_code", "val_loss", "val_bpb", "val_loss_std", "val_bpb_std"):
+        value, kind = claims.get(key), "whole number" if "bytes" in key else "number"
+        if value is not None and not (type(value) is int if "bytes" in key else is_number(value)):
+            value = value if is_number(value) else repr(value)
+            yield Finding("error", "json-keys", f"submission.json: {key} is {value}, which is no {kind}")
+    scored = {log.name if log.seed is None else str(log.seed): log for log in logs if log.result}
     owners = []
     for column, key in enumerate(("val_loss", "val_bpb") if scored else ()):
         claimed, deviation = claims.get(key), claims.get(f"{key}_std")
-        values = {f"seed {seed}": log.result[column] for seed, log in scored.items()}
+        values = {"seed " * seed.isdecimal() + seed: log.result[column] for seed, log in scored.items()}
         mean, sd = mean_and_sd(values.values())
         values["mean"] = mean
         if is_number(claimed):
@@ -536,12 +539,10 @@ def check_json(claims: dict, logs: list[TrainingLog], code: ShippedCode):
     for seed, log in scored.items():
         found = {"val_loss": log.result[0], "val_bpb": log.result[1], "steps": log.steps}
         found["artifact_bytes"] = log.sizes["model"] + code.code_bytes if "model" in log.sizes else None
-        row = rows.get(seed)
-        for key, value in found.items() if isinstance(row, dict) else ():
+        row = rows[seed] if isinstance(rows.get(seed), dict) else {}
+        for key, value in found.items():
             claimed = row.get(key)
-            if claimed is None or value is None:
-                continue
-            if not (is_number(claimed) and printed_alike(value, claimed)):
+            if None not in (claimed, value) and not (is_number(claimed) and printed_alike(value, claimed)):
                 message = f"submission.json, seed {seed}: {key} is {claimed}, the files give {value}"
                 yield Finding("error", "seed-results", message)
 
@@ -550,12 +551,37 @@ def check_json(claims: dict, logs: list[TrainingLog], code: ShippedCode):
 # ### `check_readme`
 # Prose is harder. What is looked for are pairs of losses in a log's own words, and numbers with so many digits, and so
 # near to the scores, that they must come from somewhere. One that no log, no JSON and no mean of them contains is
-# reported: it may be true, but not by these files.
+# reported: it may be true, but not by these files. The same goes for settings (`WARMDOWN_ITERS=3000`): a log that does
+# not print one cannot bear witness to it.
 
 
 # %%
+def same_setting(a: str, b: str) -> bool:
+    try:
+        return float(a) == float(b)
+    except ValueError:
+        words = {"true": "1", "false": "0"}
+        return words.get(a.lower(), a) == words.get(b.lower(), b)
+
+
+def check_settings(readme: str, logs: list[TrainingLog]):
+    """Findings about the settings that the README names, in the form of environment variables."""
+    silent = []
+    for name, value in dict.fromkeys(re.findall(r"\b([A-Z][A-Z0-9_]+)=(-?\d[\d.]*(?:e-?\d+)?)\b", readme)):
+        printed = {log.settings[name.lower()] for log in logs if name.lower() in log.settings}
+        if not printed:
+            silent.append(f"{name}={value}")
+        elif not any(same_setting(value, other) for other in printed):
+            message = f"README.md: {name} is {value}, the logs print {', '.join(sorted(printed))}"
+            yield Finding("warning", "readme-setting", message)
+    if silent:
+        message = f"README.md names settings that no log prints under that name: {', '.join(silent)}"
+        yield Finding("note", "readme-setting", message)
+
+
 def check_readme(readme: str, claims: dict, logs: list[TrainingLog]):
     """Findings about the README against logs and JSON. Sizes: see `check_sizes`."""
+    yield from check_settings(readme, logs)
     for log in logs:
         if log.script_sha256 and log.script_sha256[:8] not in readme:
             message = f"README.md does not state the hash of the script behind {log.name}"
@@ -629,20 +655,20 @@ def lint_submission(folder, previous=(), run_import: bool = False, timeout: floa
         own[name].read_bytes().decode("utf-8", "replace") if name in own else ""
         for name in ("README.md", "requirements.txt")
     )
-    try:
-        claims = (
-            json.loads(own["submission.json"].read_bytes(), parse_float=Decimal) if "submission.json" in own else {}
-        )
-    except (ValueError, ArithmeticError, RecursionError):
-        claims = None
-    if not isinstance(claims, dict):
-        findings.append(Finding("error", "json-keys", "submission.json is not a JSON object"))
-        claims = {}
+    claims = None
+    if "submission.json" in own:
+        try:
+            claims = json.loads(own["submission.json"].read_bytes(), parse_float=Decimal)
+        except (ValueError, ArithmeticError, RecursionError):
+            pass
+        if not isinstance(claims, dict):
+            findings.append(Finding("error", "json-keys", "submission.json is not a JSON object"))
+            claims = None
     if SUBMISSION_SCRIPT in own:
         code = shipped_code(folder)
         findings += check_script(folder, code, requirements, run_import, timeout)
-        findings += check_sizes(folder, code, logs, claims, readme)
-        findings += check_logs(logs, code, track == RECORD_TRACK, claims, previous)
-        findings += check_json(claims, logs, code) if claims else []
-        findings += check_readme(readme, claims, logs) if readme else []
+        findings += check_json(claims, logs, code) if claims is not None else []
+        findings += check_sizes(folder, code, logs, claims or {}, readme)
+        findings += check_logs(logs, code, track == RECORD_TRACK, claims or {}, previous)
+        findings += check_readme(readme, claims or {}, logs) if readme else []
     return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))

@@ -18,7 +18,13 @@ from golf.bpb_audit import (
     training_overlap,
     window_hashes,
 )
-from golf.golf_data import export_golf_data, open_golf_data, open_golf_shards, write_golf_documents
+from golf.golf_data import (
+    export_golf_data,
+    open_golf_data,
+    open_golf_shards,
+    read_golf_manifest,
+    write_golf_documents,
+)
 from golf.golf_tokenizers import (
     ByteTables,
     ByteTokenizer,
@@ -270,6 +276,27 @@ def test_the_frozen_set_is_recognised_by_documents_targets_and_bytes(monkeypatch
     assert len(audit_frozen_set("sp300", stream, tables)) == 1
 
 
+def test_the_selection_of_documents_is_recognised(tmp_path, monkeypatch):
+    """Shards of other training documents, shuffled otherwise, beside the right validation text."""
+    folder = export(tmp_path, documents())
+    data = open_golf_data(folder, "byte260")
+    assert not any("selection" in finding.check for finding in audit_bpb(data))  # twelve documents are another set
+    monkeypatch.setattr(bpb_audit, "FROZEN_DOCUMENTS", 12)
+    found = finding_about(audit_bpb(data), "of the selection")
+    assert (found.expected, found.found[:4], found.verdict) == ("15,368,808, 84386dfa7b33", "50, ", "look")
+    meta = read_golf_manifest(folder)["docs_meta"]
+    monkeypatch.setattr(bpb_audit, "FROZEN_SELECTION", (meta["num_docs"], meta["docs_sha256"]))
+    assert finding_about(audit_bpb(data), "of the selection").verdict == "ok"
+
+
+def test_validation_documents_may_be_empty(tmp_path):
+    """A division by the bytes of a text that has none."""
+    write_golf_documents(tmp_path, ["", "", "x"], 2)
+    export_golf_data(tmp_path, SPECS[1:])
+    findings = audit_bpb(open_golf_data(tmp_path, "byte260"))
+    assert finding_about(findings, "before normalisation").verdict == "ok"
+
+
 def test_published_totals_are_those_of_the_specification():
     """A digit wrong in a table that everything is compared with."""
     streams = bpb_audit.FROZEN_STREAMS
@@ -277,3 +304,5 @@ def test_published_totals_are_those_of_the_specification():
         length, targets, n_bytes = streams[variant]
         assert targets % length == 0 and round(n_bytes / targets, 5) == bytes_per_token
     assert streams["byte260"][1] - streams["byte260"][2] == bpb_audit.FROZEN_DOCUMENTS == 50_000
+    documents, sha256 = bpb_audit.FROZEN_SELECTION
+    assert documents - 50_000 == 15_318_808 and (len(sha256), sha256[:4], sha256[-4:]) == (64, "8438", "9bc7")

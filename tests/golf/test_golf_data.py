@@ -214,11 +214,11 @@ def test_documents_that_are_not_those_of_the_sidecar_are_refused(tmp_path):
         export_golf_data(tmp_path, [BYTES])
 
 
-@pytest.mark.parametrize("line", ['{"txt": "a"}', "{", '"text"', '{"text": null}', ""])
+@pytest.mark.parametrize("line", [b'{"txt": "a"}', b"{", b'"text"', b'{"text": null}', b"", b'{"text": "\xff"}'])
 def test_a_broken_document_names_its_line(tmp_path, line):
     """KeyError: 'text', somewhere in fifteen million lines."""
     path = tmp_path / "docs_selected.jsonl"
-    path.write_text('{"text": "a"}\n' + line + '\n{"text": "b"}\n')
+    path.write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
     with pytest.raises(UserError, match="docs_selected.jsonl, line 2"):
         list(golf_documents(path))
 
@@ -261,6 +261,19 @@ def test_a_folder_that_does_not_fit_its_manifest_is_refused(tmp_path):
         (folder / "manifest.json").write_text(broken)
         with pytest.raises(UserError, match="is no manifest"):
             open_golf_data(folder, "byte260")
+
+
+def test_a_manifest_may_leave_out_what_is_not_needed(tmp_path):
+    """An export of somebody else refused because its tokenizer has no list of words, or no size beside it."""
+    folder = export(tmp_path / "data", [SP300])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["tokenizers"][0]["vocab_path"], manifest["datasets"][0]["vocab_size"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert open_golf_data(folder, "sp400").vocab_size == 400
+    del manifest["tokenizers"][0]["model_path"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="is no manifest of the challenge .*sp_bpe_400 has no file"):
+        open_golf_data(folder, "sp400")
 
 
 def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path):
@@ -433,6 +446,11 @@ def test_a_manifest_of_another_repository_is_detected(hub, published, tmp_path, 
         download_golf_data("byte260", 1, tmp_path / "data", retry_seconds=QUICK)
     with pytest.raises(UserError, match="from an unknown place"):
         download_golf_data("byte260", 1, export(tmp_path / "own", [BYTES]), retry_seconds=QUICK)
+    mine = tmp_path / "mine"
+    download_golf_data("byte260", 1, mine, with_docs=True, retry_seconds=QUICK)
+    export_golf_data(mine, [BYTES], shard_tokens=2000)  # other shards under the old names
+    with pytest.raises(UserError, match="from an unknown place"):
+        download_golf_data("byte260", 1, mine, retry_seconds=QUICK)
     with pytest.raises(UserError, match="Leave out skip_manifest"):
         download_golf_data("byte260", 1, tmp_path / "new", True, retry_seconds=QUICK)
 

@@ -114,10 +114,12 @@ def test_training_text_is_cleaned_and_limited(texts):
 
 def test_training_that_cannot_work_says_why(texts):
     """A line of C++ source in place of a reason, or a smaller vocabulary than the model has rows for."""
-    with pytest.raises(UserError, match="300 pieces could not be trained .*required_chars|300 pieces could not"):
+    with pytest.raises(UserError, match="300 pieces could not be trained .*required_chars"):
         train_sentencepiece([chr(0x4E00 + i) * 50 for i in range(500)], 300)
-    with pytest.raises(UserError, match="no text that is short enough"):
-        train_sentencepiece([], 512)
+    for nothing in ([], [" ".join(texts)]):
+        with pytest.raises(UserError, match="no text that is short enough .* max_sentence_length is 4192"):
+            train_sentencepiece(nothing, 512)
+    assert train_sentencepiece([" ".join(texts)], 512, {"max_sentence_length": 10**6}).vocab_size == 512
     with pytest.raises(UserError, match=r"enough for \d+ pieces and 4096 were asked for"):
         train_sentencepiece(["a few words only, a few words"], 4096)
     with pytest.raises(UserError, match="trainer_overrides"):
@@ -139,10 +141,16 @@ def test_byte260(tmp_path):
     whole = [text.encode("utf-8", "replace").decode() for text in DIFFICULT]
     assert tokenizer.decode_batch(tokenizer.encode_batch(DIFFICULT)) == whole
     assert isinstance(load_golf_tokenizer(tmp_path / spec.file_name, 260), ByteTokenizer)
-    (tmp_path / "other.json").write_text(json.dumps(description | {"vocab_size": 256}))
-    for name in ("other.json", "broken.json"):
-        with pytest.raises(UserError, match="does not describe the byte tokenizer" if name[0] == "o" else "read"):
-            load_golf_tokenizer(tmp_path / name)
+    more = description | {"config": description["config"] | {"comment": "of another exporter"}, "version": 2}
+    (tmp_path / "more.json").write_text(json.dumps(more))
+    assert isinstance(load_golf_tokenizer(tmp_path / "more.json", 260), ByteTokenizer)
+    shifted = description | {"config": description["config"] | {"byte_offset": 3}}
+    for other in (description | {"vocab_size": 256}, shifted, {}, [], {"vocab_size": 260, "config": None}):
+        (tmp_path / "other.json").write_text(json.dumps(other))
+        with pytest.raises(UserError, match="does not describe the byte tokenizer"):
+            load_golf_tokenizer(tmp_path / "other.json")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_golf_tokenizer(tmp_path / "missing.json")
 
 
 def test_a_tokenizer_of_another_size_is_refused(tokenizer, tmp_path):
@@ -223,6 +231,8 @@ def test_specs_are_read_from_all_three_shapes(tmp_path):
         ([{"vocab_size": 70000}], "It can be 261 to 65,536"),
         ([{"name": "x"}], "vocab_size None"),
         ([{"vocab_size": 1024, "kind": "char"}], 'kind "char" is not known'),
+        ([{"vocab_size": 1024, "tokenizer_train_docs": "5"}], "tokenizer_train_docs is '5'"),
+        ([{"vocab_size": 1024, "tokenizer_train_docs": 0}], "tokenizer_train_docs is 0"),
         ([{"vocab_size": 512, "kind": "byte"}], "260 tokens"),
         ([{"vocab_size": 1024}, {"vocab_size": 1024}], 'two tokenizers have the name "sp_bpe_1024"'),
         ([{"vocab_size": 1024}, {"vocab_size": 1024, "name": "b"}], 'dataset name "fineweb10B_sp1024"'),

@@ -110,7 +110,7 @@ def test_bits_per_byte_decide_between_different_tokens():
     """Smaller tokens have fewer nats each: every old model would beat a record of a larger vocabulary."""
     better = [SeedResult(0, 2.1 * 1.4, 0.98 * BPB[0])]
     tests, sentence = significance_table(results(NATS, BPB), better)
-    assert sentence.startswith("does not clear") and "in bits per byte; the tokens differ" in sentence
+    assert sentence.startswith("does not clear") and "in bits per byte; nats do not compare" in sentence
     assert tests[0].unit == "bpb" and next(test for test in tests if test.unit == "nats").p < 0.01
     worse = [SeedResult(0, 2.1 * 0.7, 2.1 / NATS[0] * BPB[0])]
     assert significance_table(results(NATS, BPB), worse)[1].startswith("clears")
@@ -135,6 +135,22 @@ def test_meaningless_samples_are_refused():
         one_sample_test([2.0, 2.0, 2.0], 2.1)
 
 
+def test_a_record_on_another_text_is_refused():
+    """The early validation text is easier per byte: the baseline's 1.2244 there is a 1.2276 on the frozen one."""
+    ours = results(NATS, BPB, validation_targets=62_021_632)
+    with pytest.raises(UserError, match="our text has 151.1 million bytes and the record's 155.8"):
+        significance_table(ours, [SeedResult(0, 2.07269931, 1.22436570, "", 63_779_840)])
+    sp4096 = SeedResult(0, 1.1 * math.log(2) * 3.31968, 1.1, "", 45_508_608)  # other tokens, the same text
+    assert significance_table(ours, [sp4096])[1].startswith("does not clear")
+
+
+@pytest.mark.parametrize("score", [0.0, -1.2, math.nan, math.inf])
+def test_a_score_that_is_none_is_refused(score):
+    """ZeroDivisionError, or a record set by a run that diverged."""
+    with pytest.raises(UserError, match="positive number"):
+        significance_table([SeedResult(1, 2.0, 1.2), SeedResult(2, 2.0, score)], results(BEFORE_NATS, BEFORE_BPB))
+
+
 def test_seeds_needed():
     """The plan must agree with the test that judges afterwards."""
     sd = 0.0031627
@@ -142,9 +158,8 @@ def test_seeds_needed():
     assert seeds_needed(0.005 + 4.01 * sd, sd) == 4
     assert seeds_needed(0.005 + 0.9 * sd, sd) == 10
     n = seeds_needed(0.008, sd)
-    values = [2.0 + sd * math.sqrt((n - 1) / n) * (-1) ** i for i in range(n)]  # exactly this deviation when n is even
-    if n % 2 == 0:
-        assert one_sample_test(values, 2.0 + 0.008 - RECORD_MARGIN_NATS).p < 0.01
+    values = [2.0 + sd * math.sqrt((n - 1) / n) * (-1) ** i for i in range(n)]  # exactly this deviation, as n is even
+    assert n == 10 and one_sample_test(values, 2.0 + 0.008 - RECORD_MARGIN_NATS).p < 0.01
     with pytest.raises(UserError, match="no number of seeds"):
         seeds_needed(0.004, sd)
     with pytest.raises(UserError, match="more than 1,000 seeds"):

@@ -122,6 +122,56 @@ def test_one_planted_fault_is_found(record, name, old, new, rule):
     assert of_rule(lint_submission(record), rule, "error"), finding_rows(lint_submission(record))
 
 
+def test_an_empty_json_lacks_everything(record):
+    """The emptiest claim of all, and the only one that was never compared."""
+    (clean(record) / "submission.json").write_text("{}")
+    assert "lacks author, github_id, name, date, val_bpb" in of_rule(lint_submission(record), "json-keys", "error")[0]
+
+
+def test_logs_without_a_seed_are_several_logs(record):
+    """Three runs that do not say their seed counted as one, and the mean of all three called wrong."""
+    clean(record)
+    for path in record.glob("*.log"):
+        edit(record, path.name, "\nseed:", "\nrandom:")
+    claims = json.loads((record / "submission.json").read_text()) | {"val_loss": 2.02844619, "val_bpb": 1.20136009}
+    (record / "submission.json").write_text(json.dumps(claims))
+    findings = lint_submission(record)
+    assert {(f.severity, f.rule) for f in findings} == {("note", "paths"), ("warning", "seeds")}
+    edit(record, "submission.json", "1.20136009", "1.20136")
+    edit(record, "submission.json", "2.02844619", "2.0283")
+    assert "train.log 2.02857127" in of_rule(lint_submission(record), "val-loss", "error")[0]
+
+
+def test_the_settings_of_the_readme_are_held_against_the_logs(record):
+    """A README that tells of another sequence length, or of a warmdown that nobody can check."""
+    findings = lint_submission(record)
+    (silent,) = of_rule(findings, "readme-setting")
+    assert "WARMDOWN_ITERS=3000" in silent and "TRAIN_SEQ_LEN" not in silent  # the logs print this one
+    edit(clean(record), "README.md", "script ", "`SEED=1338 TRAIN_SEQ_LEN=2048`, MAX_WALLCLOCK_SECONDS=600. ")
+    (told,) = of_rule(lint_submission(record), "readme-setting", "warning")
+    assert told == "README.md: TRAIN_SEQ_LEN is 2048, the logs print 4096"
+
+
+def test_weights_inside_the_script_are_weighed(record):
+    """A script of sixteen megabytes beside logs that name no model."""
+    for path in clean(record).glob("*.log"):
+        path.unlink()
+    (record / "train_gpt.py").write_text(f"weights = '{'a' * 16_000_000}'\n")
+    (message,) = of_rule(lint_submission(record), "size-limit", "error")
+    assert "0 bytes of model and 16,000,013 of code are 13 bytes over the limit" in message
+
+
+def test_a_model_file_serves_where_the_logs_are_silent(record):
+    """A total that could have been checked, because the model lies in the folder."""
+    for path in clean(record).glob("*.log"):
+        lines = path.read_text().split("\n")
+        path.write_text("\n".join(line for line in lines if not line.startswith(("Serialized", "Total"))))
+    (record / "final_model.golf").write_bytes(bytes(15_820_684))
+    assert not {f.rule for f in lint_submission(record)} & {"model-unknown", "bytes-total"}
+    edit(record, "submission.json", "15868443", "15868326")
+    assert "15,868,443" in of_rule(lint_submission(record), "bytes-total", "error")[0]
+
+
 def test_a_model_file_is_measured(record):
     """A model at hand that is not the one in the logs, or that leaves almost no room, must not pass."""
     (clean(record) / "final_model.golf").write_bytes(bytes(15_820_683))
@@ -214,6 +264,29 @@ def test_the_early_validation_text_is_named(record):
     assert len(of_rule(lint_submission(record), "validation-text", "warning")) == 3
 
 
+def test_other_texts_are_found_without_their_number_of_targets(record):
+    """Logs that do not say what they scored, of which one is of another text: its bytes per token tell."""
+    for path in clean(record).glob("*.log"):
+        path.write_text(path.read_text().replace("tokens:62021632", ""))
+    assert not of_rule(lint_submission(record), "mixed-texts")
+    text = (record / "train.log").read_text()
+    for nats, bpb in (("2.0227", "1.1980"), ("2.3005", f"{2.3005 / 0.693147 / 2.43593:.4f}"), ("2.0286", "1.2014")):
+        text = text.replace(f"val_bpb:{bpb}", f"val_bpb:{float(nats) / 0.693147 / 2.4423:.4f}")
+    text = text.replace("val_bpb:1.20143417", f"val_bpb:{2.02857127 / 0.69314718 / 2.4423:.8f}")
+    (record / "train.log").write_text(text)
+    findings = lint_submission(record)
+    assert of_rule(findings, "mixed-texts", "error") and not of_rule(findings, "bytes-per-token")
+
+
+def test_a_score_of_nothing_is_no_score(tmp_path):
+    """ZeroDivisionError over somebody's log of a failed run; a log that ends in .txt and stops while training."""
+    (tmp_path / "train_gpt.py").write_text("pass\n")
+    (tmp_path / "train.log").write_text("seed:1\nfinal val_loss:0.0000 val_bpb:0.0000\n")
+    (tmp_path / "b.txt").write_text("step:9/20 train_loss:2.0 train_time:90ms\n")
+    (tmp_path / "notes.txt").write_text("not a log\n")
+    assert [message.split()[0] for message in of_rule(lint_submission(tmp_path), "result")] == ["b.txt", "train.log"]
+
+
 def test_missing_files_links_and_damage_are_findings(tmp_path):
     """Somebody else's folder may hold anything; the linter reports and does not fall over."""
     with pytest.raises(UserError, match="not a folder"):
@@ -231,9 +304,12 @@ def test_missing_files_links_and_damage_are_findings(tmp_path):
     (folder / "submission.json").write_text('{"val_bpb": 1e999, "seeds": 3, "date": 5, "bytes_total": "x"}')
     (folder / "train_gpt.py").write_text("def broken(:\n")
     (folder / "other.txt").symlink_to("/etc/passwd")
+    (folder / "gone.py").symlink_to("/nowhere/gone.py")
     findings = lint_submission(folder, run_import=True)
     assert of_rule(findings, "import", "error") and of_rule(findings, "json-keys") and of_rule(findings, "result")
-    assert any("links: other.txt" in message for message in of_rule(findings, "files"))
+    assert any("links: gone.py, other.txt" in message for message in of_rule(findings, "files"))
+    (folder / "train_gpt.py").write_text(f"x = './{'a' * 5000}'\n")
+    assert of_rule(lint_submission(folder), "paths", "note")
     (folder / "train.log").write_text("seed:1\nfinal val_loss:2.0 val_bpb:1.2 eval_time:1ms\n")
     (folder / "submission.json").write_text('{"val_bpb": NaN, "val_loss": Infinity, "seed_results": [1]}')
     assert of_rule(lint_submission(folder), "json-keys", "error")
@@ -310,10 +386,13 @@ def tried(folder, source, timeout=60.0):
     return next((f.severity, f.message) for f in findings if f.rule == "import")
 
 
-def test_the_import_is_tried_in_a_copy(tmp_path):
+def test_the_import_is_tried_in_a_copy(tmp_path, monkeypatch):
     """A script that fails, hangs or writes at import must be found out, and must leave the folder as it was."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "colorsys.py").write_text("1 / 0\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "elsewhere"))  # modules of mine that nobody else has
     folder, guard = tmp_path / "2026-01-01_x", "\nif __name__ == '__main__':\n    1 / 0\n"
-    assert tried(folder, "open('made', 'w').write('x')" + guard) == (
+    assert tried(folder, "import colorsys\nopen('made', 'w').write('x')" + guard) == (
         "note",
         "train_gpt.py imports from inside its folder",
     )
