@@ -370,7 +370,7 @@ from golf.golf_schedule import TrainingClock
 
 # %%
 from golf.golf_scoring import score_banded, score_stream, scoring_windows
-from golf.golf_ttt import TTTSettings, score_with_lora_ttt, score_with_sgd_ttt
+from golf.golf_ttt import TTTSettings, score_with_lora_ttt, score_with_sgd_ttt, ttt_parameters
 from golf.golf_ladder import LADDER_LABELS, score_ladder
 
 # %% [markdown]
@@ -481,6 +481,8 @@ learning = {
 learning |= {"tied_embed_lr": params["embed_lr"], "adam_betas": (params["beta1"], params["beta2"])}
 learning |= {"equalise_rows": bool(params["equalise_rows"]), "control_patterns": control_patterns}
 ttt = TTTSettings(**{name: params[name] for name in TTTSettings.__dataclass_fields__})
+if params["ttt_mode"] != "off":
+    ttt_parameters(model, ttt)  # refuses names and blocks that the model does not have
 run_dir = os.path.join(get_base_dir(), "golf", params["run_id"])
 at_once = f", at most {training.device_batch_tokens:,} tokens at once" if training.device_batch_tokens else ""
 cap = params["max_wallclock_seconds"]
