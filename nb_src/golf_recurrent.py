@@ -263,6 +263,7 @@ from nanochat.runtime import (
     device_name_of,
     devices_in_use,
     get_base_dir,
+    get_dist_info,
     lock_base_dir,
     print0,
     require_shared_base_dir,
@@ -290,12 +291,12 @@ params, given = resolve_golf_parameters(cell, RECURRENT_PRESETS, command_line(),
 if params["base_dir"]:
     os.environ["NANOCHAT_BASE_DIR"] = params["base_dir"]
 skipped = golf_skipped(params["skip"], ("audit", "prove", "submit"))
+accumulation = golf_accumulation_steps(get_dist_info()[3])
 run_lock = lock_base_dir()
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(get_base_dir(), "compile_cache"))
 ddp, rank, local_rank, world_size, device = compute_init(params["device_type"] or autodetect_device_type())
 require_shared_base_dir()
 compute_dtype, dtype_reason = choose_compute_dtype(device.type, allow_float16=False)
-accumulation = golf_accumulation_steps(world_size)
 if params["max_wallclock_seconds"] and "max_wallclock_seconds" not in given:
     params["max_wallclock_seconds"] *= 8 / world_size
 changed = {name: value for name, value in given.items() if value != RECURRENT_PRESETS[params["preset"]][name]}
@@ -410,7 +411,7 @@ if params["evaluate"]:
     model.load_state_dict(weights, strict=True)
     model.to(device).depth = header["scoring"]["depth"]
     call = compile_golf(model, None, params["torch_compile"])
-    windows_at_once = training.scoring_windows_at_once(world_size, header["scoring"]["length"])
+    windows_at_once = training.scoring_windows_at_once(header["scoring"]["length"])
     rows = score_ladder(
         model, call, header["scoring"], val_tokens, byte_tables, windows_at_once, device, header["scoring"]["ways"]
     )
@@ -584,7 +585,7 @@ from golf.packed_script import pack_script, running_program
 # %%
 if ema.started:  # a clock can end a run of a few steps before
     ema.copy_to_model()
-windows_at_once = training.scoring_windows_at_once(world_size, params["sw_seq_len"])
+windows_at_once = training.scoring_windows_at_once(params["sw_seq_len"])
 ways = ["blocks", "banded", "sliding"]  # the last one is the score
 if params["ttt_mode"] != "off":
     ways += ["sgd", "lora"] if params["ttt_mode"] == "lora" else ["lora", "sgd"]

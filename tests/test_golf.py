@@ -390,6 +390,14 @@ COMPLAINTS = [
 ]
 
 
+@of_both_systems
+def test_a_number_of_processes_that_does_not_divide(name, tmp_path, data):
+    """Prevents processes that meet, wait for each other, and only then hear that there are too many of them."""
+    process = golf(name, tmp_path / "base", data, environment=dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="3"))
+    assert process.returncode == 1 and "Traceback" not in process.stdout
+    assert process.stdout.splitlines()[-1].startswith("✗ 3 processes do not divide the eight slices of a step.")
+
+
 @pytest.fixture(scope="module")
 def complaints(tmp_path_factory, pool, data, damaged):
     """The futures of all runs with wrong input."""

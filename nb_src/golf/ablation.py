@@ -38,7 +38,7 @@ def short_run(model, learning: dict, training: GolfTraining, stream: TokenStream
         multiplier = min(1.0, left / training.warmdown_fraction) if training.warmdown_fraction else 1.0
         golf_step(model, optimizer, loader, training, multiplier, training.momentum(step), {})
     seconds = time.perf_counter() - started
-    windows = training.scoring_windows_at_once(place[1], training.train_seq_len)
+    windows = training.scoring_windows_at_once(training.train_seq_len)
     losses_of = partial(model, reduction="none")
     sums = score_stream(losses_of, val_tokens, byte_tables, training.train_seq_len, None, windows, place[2])
     return sums.val_loss, sums.val_bpb, seconds

@@ -271,7 +271,8 @@ def test_other_settings_begin_anew(data, tmp_path, what, capsys):
 
 
 def timed_run(monkeypatch, data, **changes):
-    run = TinyRun(data, iterations=1000, max_wallclock_seconds=5.5, warmdown_iters=3, warmup_steps=2, **changes)
+    settings = dict(iterations=1000, max_wallclock_seconds=5.5, warmdown_iters=3, warmup_steps=2) | changes
+    run = TinyRun(data, **settings)
     time = StepTime(run)
     monkeypatch.setattr("golf.golf_train.TrainingClock", partial(TrainingClock, now=time))
     return run, time
@@ -290,6 +291,29 @@ def test_no_step_follows_the_bell(data, tmp_path, monkeypatch):
     assert [r.lr_multiplier for r in records[1:]] == pytest.approx(expected)
     again, time = timed_run(monkeypatch, data, val_loss_every=2, save_every=3)
     assert all(r.replayed for r in again.records(tmp_path / "run")) and time.steps == 0
+
+
+def test_a_run_that_is_complete_was_not_stopped(data, tmp_path, monkeypatch):
+    """The bell that rings during the very last step, and a log that says the run was cut short."""
+    run, _ = timed_run(monkeypatch, data, iterations=6)
+    records = list(run.records(tmp_path / "run"))
+    assert records[-1].step == 6 and not any(r.stopped_early for r in records)
+
+
+def test_what_was_validated_is_not_validated_again(data, tmp_path):
+    """A resumed run that begins with minutes of scoring whose result nobody sees."""
+    with pytest.raises(KeyboardInterrupt):
+        for record in TinyRun(data).records(tmp_path / "run"):
+            if record.step == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+    run, scored = TinyRun(data), []
+    run.call = lambda *a, **how: (torch.is_grad_enabled() or scored.append(1), run.model(*a, **how))[1]
+    records = run.records(tmp_path / "run")
+    for record in records:
+        if not record.replayed:
+            break
+    records.close()
+    assert record.step == 6 and not scored
 
 
 def test_last_record_has_the_time_of_the_gpu(data, tmp_path, monkeypatch):
