@@ -555,7 +555,8 @@ try:
         if cap and record.progress:  # the clock will end it, at about this step
             chart.total_steps = round(record.step / record.progress)
         chart.add(record)
-        log(*golf_record_lines(record, params["iterations"]), echo=not record.replayed)
+        lines = golf_record_lines(record, params["iterations"], params["warmup_steps"])
+        log(*lines, echo=not record.replayed)
 finally:  # also when it is stopped: the picture so far is worth keeping
     chart.finish()
 average = f"started at {params['swa_start_frac']:.0%} of the run, decay {ema.decay:.5f}" if ema.started else "none"
@@ -650,8 +651,13 @@ if rank == 0:
     )
     show_figure(plot_sizes(export["size_rows"], limit, len(script)), "sizes")
     show_table(codec_rows(codec_table()), CODEC_HEADER)
+    averaged, calibrated = export["averaged"], f"{export['calibration_seconds']:.1f}s"
+    if cap and export["calibration_seconds"] > params["gptq_reserve_seconds"]:
+        print0(f"The calibration took {calibrated}, longer than gptq_reserve_seconds: the run is over its time.")
+        calibrated += f", over the reserve of {params['gptq_reserve_seconds']:g}s"
     log(
-        f"gptq:calibrated on {params['gptq_calibration_batches']} batches in {export['calibration_seconds']:.1f}s",
+        f"averaged_val_loss:{averaged['val_loss']:.4f} averaged_val_bpb:{averaged['val_bpb']:.4f}",
+        f"gptq:calibrated on {params['gptq_calibration_batches']} batches in {calibrated}",
         f"Serialized model {export['codec']}: {packed} bytes",
         f"Code size: {len(script)} bytes",
         f"Total submission size {export['codec']}: {packed + len(script)} bytes",

@@ -382,7 +382,8 @@ try:
         if cap and record.progress:  # the clock will end it, at about this step
             chart.total_steps = round(record.step / record.progress)
         chart.add(record)
-        log(*golf_record_lines(record, params["iterations"]), echo=not record.replayed)
+        lines = golf_record_lines(record, params["iterations"], params["warmup_steps"])
+        log(*lines, echo=not record.replayed)
 finally:  # also when it is stopped: the picture so far is worth keeping
     chart.finish()
 last_record = records[-1] if rank == 0 else None

@@ -216,6 +216,7 @@ def test_again_repeats_no_work(name, started, data):
     """Prevents "Run all" from training, exporting or scoring a second time, or from telling other numbers."""
     run = started[name].result()
     log, files, scores = run.log.read_text(), written_files(run), run.scores
+    assert "\nwarmup_step:1/1\nstep:0/6 val_loss:" in log and ("averaged_val_bpb:" in log) == (name == "golf_recurrent")
     assert len(losses(run)) == 6 and ARTIFACTS[name] in files and len(run.submissions) == 1
     again = result_of(run.base_dir, golf(name, run.base_dir, data, skip="audit,prove"))
     assert "trained earlier" in again.printed and "│" not in again.printed
