@@ -239,6 +239,16 @@ def test_stopped_run_saves_and_goes_on(data, tmp_path, whole, asked_at):
     assert_same_end(run, whole)
 
 
+def test_the_clock_on_the_wall_saves_too(data, tmp_path, monkeypatch):
+    """A crash after an hour without save_every, and nothing to go on from."""
+    monkeypatch.setattr("golf.golf_train.AUTOSAVE_SECONDS", -1)
+    records = TinyRun(data, save_every=0, val_loss_every=0).records(tmp_path / "run")
+    while next(records).step < 4:
+        pass
+    records.close()
+    assert sorted(path.name for path in (tmp_path / "run").glob("meta_*")) == ["meta_000002.json", "meta_000003.json"]
+
+
 def test_finished_run_replays_and_does_nothing(data, tmp_path, whole):
     """Run all, for the second time, trains for another ten minutes."""
     folder = tmp_path / "run" / "checkpoints"
@@ -485,8 +495,22 @@ compute_cleanup()
 """
 
 
-def test_a_failing_process_ends_the_run(data, tmp_path):
-    """Seven GPUs that wait for the eighth until somebody looks."""
+GOES_ON = """
+import json, sys
+from pathlib import Path
+sys.path.append(sys.argv[1])
+from tiny_golf_run import TinyRun, checksum
+from nanochat.runtime import compute_cleanup, compute_init
+rank = compute_init("cpu")[1]
+run = TinyRun(Path(sys.argv[2]))
+replayed = [record.replayed for record in run.records(sys.argv[3])].count(True)
+print(json.dumps([replayed if rank == 0 else None, checksum(run.model.state_dict()), checksum(run.ema.shadow)]))
+compute_cleanup()
+"""
+
+
+def test_a_failing_process_ends_the_run_and_both_go_on(data, tmp_path):
+    """Seven GPUs that wait for the eighth until somebody looks, or go on with the momenta of the first."""
     program = tmp_path / "program.py"
     program.write_text(FAILING_RANK)
     launch = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", program]
@@ -496,6 +520,12 @@ def test_a_failing_process_ends_the_run(data, tmp_path):
     )  # fmt: skip
     assert done.returncode != 0 and "planted on rank 1" in done.stdout
     assert "rank      : 1" in done.stdout
+    broken, whole = (
+        [json.loads(out.splitlines()[-1]) for out in run_ranks(GOES_ON, HERE, data, tmp_path / name, world_size=2)]
+        for name in ("run", "whole")
+    )
+    assert broken[0][0] > 0 == whole[0][0]
+    assert [rank[1:] for rank in broken] == 2 * [whole[0][1:]]
 
 
 def test_a_slice_in_parts_trains_the_same(data, tmp_path):
