@@ -143,7 +143,8 @@ def resolve_golf_parameters(
     given = {name: value for name, value in given.items() if is_given(value)}
     preset = given.pop("preset", "auto")
     if preset == "auto":
-        preset = next(iter(presets)) if torch.cuda.is_available() else "cpu"
+        on_gpu = torch.cuda.is_available() and given.get("device_type", "cuda") == "cuda"
+        preset = next(iter(presets)) if on_gpu else "cpu"
     if preset not in presets:
         raise UserError(f"preset is {preset!r}; it can be auto, {', '.join(presets)}.")
     params = presets[preset] | given | {"preset": preset}

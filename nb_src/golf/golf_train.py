@@ -142,7 +142,7 @@ def compile_golf(model: GolfModel, optimizer: GolfOptimizer | None, wanted: bool
 
 # %% [markdown]
 # ### `golf_step`
-# Forward, backward, update, and no word between the processes but the sum of the gradients.
+# Forward, backward, update. Processes exchange the sum of their gradients and the directions that Muon shares out.
 
 
 # %%
@@ -318,5 +318,5 @@ def shared_loss(loss: torch.Tensor) -> float:
         loss /= dist.get_world_size()
     value = loss.item()
     if not math.isfinite(value):
-        raise UserError(f"the loss became {value}. Lower MATRIX_LR, TIED_EMBED_LR and SCALAR_LR and run again.")
+        raise UserError(f"the loss became {value}. Lower MATRIX_LR, SCALAR_LR and the embedding's rate and run again.")
     return value

@@ -66,6 +66,8 @@ def test_auto_is_what_the_machine_can_do(monkeypatch):
     for gpu, expected in ((True, "record"), (False, "cpu")):
         monkeypatch.setattr("torch.cuda.is_available", lambda gpu=gpu: gpu)
         assert resolve()[0]["preset"] == expected
+        assert resolve(["--device_type=cuda"])[0]["preset"] == expected
+        assert resolve(["--device_type=cpu"])[0]["preset"] == "cpu"
 
 
 @pytest.mark.parametrize(
