@@ -97,7 +97,7 @@ def test_run_is_the_straightforward_loop(data, whole):
         if step + 1 == 6:
             shadow = state
         elif shadow:
-            shadow = {name: 0.4 * shadow[name] + 0.6 * state[name] for name in state}
+            shadow = {name: 8 / 18 * shadow[name] + 10 / 18 * state[name] for name in state}
 
     assert [r.step for r in records] == list(range(25))
     assert records[0].loss is None and records[0].train_ms == 0
@@ -263,14 +263,14 @@ def test_finished_run_replays_and_does_nothing(data, tmp_path, whole):
     assert len([name for name in files if name.startswith("model_")]) <= 2
 
 
-@pytest.mark.parametrize("what", ["settings", "inputs"])
+@pytest.mark.parametrize("what", ["settings", "seed", "inputs"])
 def test_other_settings_begin_anew(data, tmp_path, what, capsys):
     """A run that goes on from weights that were trained at another rate."""
     folder = tmp_path / "run" / "checkpoints"
     list(TinyRun(data, iterations=2, val_loss_every=0).records(folder))
     saved = sorted(path.name for path in folder.glob("model_*"))
     changes = dict(iterations=2, val_loss_every=0)
-    run = TinyRun(data, **changes | ({"grad_clip_norm": 0.2} if what == "settings" else {}))
+    run = TinyRun(data, **changes | {"settings": {"grad_clip_norm": 0.2}, "seed": {"seed": 4}, "inputs": {}}[what])
     records = list(run.records(folder, {"learning": LEARNING | {"matrix_lr": 0.01}} if what == "inputs" else None))
     assert [r.replayed for r in records] == [False] * 3
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints-previous").glob("model_*")) == saved
