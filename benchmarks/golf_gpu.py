@@ -35,24 +35,30 @@ PUBLISHED_TOKENS_PER_SECOND = 393_216 / 0.0715 / 8
 
 
 def systems(tiny: bool):
-    """(name, config, model class, settings) of what is measured."""
-    preset = "cpu" if tiny else None
-    first, second = SEQ4096_PRESETS[preset or "record"], RECURRENT_PRESETS[preset or "h100"]
+    """(name, config class, model class, settings) of what is measured."""
     small = dict(model_dim=64, num_heads=4, num_kv_heads=2) if tiny else {}
-    for name, params in (("first: seq4096", first), ("its baseline", SEQ4096_PRESETS[preset or "baseline"])):
-        yield name, GolfConfig(max_seq_len=params["train_seq_len"], **small), GolfGPT, params
-    shape = small | dict(vocab_size=second["vocab_size"], max_seq_len=second["train_seq_len"])
-    yield "second: recurrent 3 × 8", RecurrentConfig(**shape), RecurrentGPT, second
-    yield "second: looped B2", LoopedConfig(**shape), LoopedGPT, second
+    for name, presets, preset, *kinds in (
+        ("first: seq4096", SEQ4096_PRESETS, "record", GolfConfig, GolfGPT),
+        ("its baseline", SEQ4096_PRESETS, "baseline", GolfConfig, GolfGPT),
+        ("second: recurrent 3 × 8", RECURRENT_PRESETS, "h100", RecurrentConfig, RecurrentGPT),
+        ("second: looped B2", RECURRENT_PRESETS, "looped", LoopedConfig, LoopedGPT),
+    ):
+        params = presets["cpu" if tiny else preset] | small
+        yield name, *kinds, params | {"max_seq_len": params["train_seq_len"]}
 
 
-def measure(config, kind, params, device, dtype, steps: int, eager: bool) -> tuple[float, float]:
+def fields_of(kind, params: dict):
+    """The dataclass with what `params` has of its fields."""
+    return kind(**{name: params[name] for name in kind.__dataclass_fields__ if name in params})
+
+
+def measure(config_kind, kind, params, device, dtype, steps: int, eager: bool) -> tuple[float, float]:
     """(median seconds of a step, GiB at the peak)."""
     torch.manual_seed(0)
+    config, training = fields_of(config_kind, params), fields_of(GolfTraining, params)
     model = kind(config, dtype).to(device)
-    optimizer = setup_golf_optimizer(model, compute_dtype=dtype)
+    optimizer = setup_golf_optimizer(model, compute_dtype=dtype, equalise_rows=bool(params.get("equalise_rows")))
     call = compile_golf(model, optimizer, not eager)
-    training = GolfTraining(**{name: params[name] for name in GolfTraining.__dataclass_fields__ if name in params})
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
@@ -84,8 +90,8 @@ def main() -> None:
     print(f"{device_name_of(device)}, {dtype}, {versions}, {time.strftime('%Y-%m-%d')}\n")
     print("| system | tokens in a step | ms | tokens per second | of the published 687,000 | peak GiB |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for name, config, kind, params in systems(given.tiny):
-        seconds, peak = measure(config, kind, params, device, dtype, given.steps, given.eager)
+    for name, config_kind, kind, params in systems(given.tiny):
+        seconds, peak = measure(config_kind, kind, params, device, dtype, given.steps, given.eager)
         tokens = params["train_batch_tokens"]
         share = tokens / seconds / PUBLISHED_TOKENS_PER_SECOND
         print(f"| {name} | {tokens:,} | {1000 * seconds:,.1f} | {tokens / seconds:,.0f} | {share:.1%} | {peak:.2f} |")

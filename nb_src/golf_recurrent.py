@@ -263,6 +263,7 @@ from nanochat.runtime import (
     device_name_of,
     devices_in_use,
     get_base_dir,
+    get_dist_info,
     lock_base_dir,
     print0,
     require_shared_base_dir,
@@ -290,12 +291,12 @@ params, given = resolve_golf_parameters(cell, RECURRENT_PRESETS, command_line(),
 if params["base_dir"]:
     os.environ["NANOCHAT_BASE_DIR"] = params["base_dir"]
 skipped = golf_skipped(params["skip"], ("audit", "prove", "submit"))
+accumulation = golf_accumulation_steps(get_dist_info()[3])
 run_lock = lock_base_dir()
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(get_base_dir(), "compile_cache"))
 ddp, rank, local_rank, world_size, device = compute_init(params["device_type"] or autodetect_device_type())
 require_shared_base_dir()
 compute_dtype, dtype_reason = choose_compute_dtype(device.type, allow_float16=False)
-accumulation = golf_accumulation_steps(world_size)
 if params["max_wallclock_seconds"] and "max_wallclock_seconds" not in given:
     params["max_wallclock_seconds"] *= 8 / world_size
 changed = {name: value for name, value in given.items() if value != RECURRENT_PRESETS[params["preset"]][name]}
@@ -370,7 +371,7 @@ from golf.golf_schedule import TrainingClock
 
 # %%
 from golf.golf_scoring import score_banded, score_stream, scoring_windows
-from golf.golf_ttt import TTTSettings, score_with_lora_ttt, score_with_sgd_ttt
+from golf.golf_ttt import TTTSettings, score_with_lora_ttt, score_with_sgd_ttt, ttt_parameters
 from golf.golf_ladder import LADDER_LABELS, score_ladder
 
 # %% [markdown]
@@ -410,7 +411,7 @@ if params["evaluate"]:
     model.load_state_dict(weights, strict=True)
     model.to(device).depth = header["scoring"]["depth"]
     call = compile_golf(model, None, params["torch_compile"])
-    windows_at_once = training.scoring_windows_at_once(world_size, header["scoring"]["length"])
+    windows_at_once = training.scoring_windows_at_once(header["scoring"]["length"])
     rows = score_ladder(
         model, call, header["scoring"], val_tokens, byte_tables, windows_at_once, device, header["scoring"]["ways"]
     )
@@ -481,6 +482,8 @@ learning = {
 learning |= {"tied_embed_lr": params["embed_lr"], "adam_betas": (params["beta1"], params["beta2"])}
 learning |= {"equalise_rows": bool(params["equalise_rows"]), "control_patterns": control_patterns}
 ttt = TTTSettings(**{name: params[name] for name in TTTSettings.__dataclass_fields__})
+if params["ttt_mode"] != "off":
+    ttt_parameters(model, ttt)  # refuses names and blocks that the model does not have
 run_dir = os.path.join(get_base_dir(), "golf", params["run_id"])
 at_once = f", at most {training.device_batch_tokens:,} tokens at once" if training.device_batch_tokens else ""
 cap = params["max_wallclock_seconds"]
@@ -552,7 +555,8 @@ try:
         if cap and record.progress:  # the clock will end it, at about this step
             chart.total_steps = round(record.step / record.progress)
         chart.add(record)
-        log(*golf_record_lines(record, params["iterations"]), echo=not record.replayed)
+        lines = golf_record_lines(record, params["iterations"], params["warmup_steps"])
+        log(*lines, echo=not record.replayed)
 finally:  # also when it is stopped: the picture so far is worth keeping
     chart.finish()
 average = f"started at {params['swa_start_frac']:.0%} of the run, decay {ema.decay:.5f}" if ema.started else "none"
@@ -582,7 +586,7 @@ from golf.packed_script import pack_script, running_program
 # %%
 if ema.started:  # a clock can end a run of a few steps before
     ema.copy_to_model()
-windows_at_once = training.scoring_windows_at_once(world_size, params["sw_seq_len"])
+windows_at_once = training.scoring_windows_at_once(params["sw_seq_len"])
 ways = ["blocks", "banded", "sliding"]  # the last one is the score
 if params["ttt_mode"] != "off":
     ways += ["sgd", "lora"] if params["ttt_mode"] == "lora" else ["lora", "sgd"]
@@ -647,8 +651,13 @@ if rank == 0:
     )
     show_figure(plot_sizes(export["size_rows"], limit, len(script)), "sizes")
     show_table(codec_rows(codec_table()), CODEC_HEADER)
+    averaged, calibrated = export["averaged"], f"{export['calibration_seconds']:.1f}s"
+    if cap and export["calibration_seconds"] > params["gptq_reserve_seconds"]:
+        print0(f"The calibration took {calibrated}, longer than gptq_reserve_seconds: the run is over its time.")
+        calibrated += f", over the reserve of {params['gptq_reserve_seconds']:g}s"
     log(
-        f"gptq:calibrated on {params['gptq_calibration_batches']} batches in {export['calibration_seconds']:.1f}s",
+        f"averaged_val_loss:{averaged['val_loss']:.4f} averaged_val_bpb:{averaged['val_bpb']:.4f}",
+        f"gptq:calibrated on {params['gptq_calibration_batches']} batches in {calibrated}",
         f"Serialized model {export['codec']}: {packed} bytes",
         f"Code size: {len(script)} bytes",
         f"Total submission size {export['codec']}: {packed + len(script)} bytes",

@@ -176,6 +176,7 @@ from nanochat.runtime import (
     device_name_of,
     devices_in_use,
     get_base_dir,
+    get_dist_info,
     lock_base_dir,
     print0,
     require_shared_base_dir,
@@ -202,12 +203,12 @@ params, given = resolve_golf_parameters(cell, SEQ4096_PRESETS, command_line(), o
 if params["base_dir"]:
     os.environ["NANOCHAT_BASE_DIR"] = params["base_dir"]
 skipped = golf_skipped(params["skip"], ("audit", "prove", "submit"))
+accumulation = golf_accumulation_steps(get_dist_info()[3])
 run_lock = lock_base_dir()
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(get_base_dir(), "compile_cache"))
 ddp, rank, local_rank, world_size, device = compute_init(params["device_type"] or autodetect_device_type())
 require_shared_base_dir()
 compute_dtype, dtype_reason = choose_compute_dtype(device.type, allow_float16=False)
-accumulation = golf_accumulation_steps(world_size)
 if params["max_wallclock_seconds"] and "max_wallclock_seconds" not in given:
     params["max_wallclock_seconds"] *= 8 / world_size
 changed = {name: value for name, value in given.items() if value != SEQ4096_PRESETS[params["preset"]][name]}
@@ -308,7 +309,7 @@ if params["evaluate"]:
     model.load_state_dict(read_int8_model(params["evaluate"]), strict=True)
     losses_of = partial(compile_golf(model, None, params["torch_compile"]), reduction="none")
     length = params["train_seq_len"]
-    windows_at_once = training.scoring_windows_at_once(world_size, length)
+    windows_at_once = training.scoring_windows_at_once(length)
     sums = score_stream(losses_of, val_tokens, byte_tables, length, batch_windows=windows_at_once, device=device)
     print0(f"{sums.val_bpb:.8f} bits per byte, {sums.val_loss:.8f} nats per token")
     if rank == 0:
@@ -381,7 +382,8 @@ try:
         if cap and record.progress:  # the clock will end it, at about this step
             chart.total_steps = round(record.step / record.progress)
         chart.add(record)
-        log(*golf_record_lines(record, params["iterations"]), echo=not record.replayed)
+        lines = golf_record_lines(record, params["iterations"], params["warmup_steps"])
+        log(*lines, echo=not record.replayed)
 finally:  # also when it is stopped: the picture so far is worth keeping
     chart.finish()
 last_record = records[-1] if rank == 0 else None
@@ -456,7 +458,7 @@ evaluation_inputs |= {"data": data.fingerprint(), "device": device.type}
 scores = finished_stage("golf evaluation", evaluation_inputs, run_dir)
 if scores is None:
     length, losses_of = params["train_seq_len"], partial(call, reduction="none")
-    windows_at_once = training.scoring_windows_at_once(world_size, length)
+    windows_at_once = training.scoring_windows_at_once(length)
     here = score_stream(losses_of, val_tokens, byte_tables, length, batch_windows=windows_at_once, device=device)
     tokenizer_file = "tokenizer" + os.path.splitext(data.tokenizer_path)[1]
     fresh = run_in_fresh_process(

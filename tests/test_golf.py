@@ -216,6 +216,7 @@ def test_again_repeats_no_work(name, started, data):
     """Prevents "Run all" from training, exporting or scoring a second time, or from telling other numbers."""
     run = started[name].result()
     log, files, scores = run.log.read_text(), written_files(run), run.scores
+    assert "\nwarmup_step:1/1\nstep:0/6 val_loss:" in log and ("averaged_val_bpb:" in log) == (name == "golf_recurrent")
     assert len(losses(run)) == 6 and ARTIFACTS[name] in files and len(run.submissions) == 1
     again = result_of(run.base_dir, golf(name, run.base_dir, data, skip="audit,prove"))
     assert "trained earlier" in again.printed and "│" not in again.printed
@@ -378,6 +379,8 @@ COMPLAINTS = [
     ("golf_recurrent", dict(architecture="deep"), "architecture is 'deep'; it can be recurrent or looped."),
     ("golf_recurrent", dict(train_recurrences="4;8"), "train_recurrences is '4;8'"),
     ("golf_recurrent", dict(ttt_mode="always"), "ttt_mode is 'always'; it can be off, sgd or lora."),
+    ("golf_recurrent", dict(ttt_layers="0,9"), "ttt_layers names block 9, and the model has blocks 0 to 0"),
+    ("golf_recurrent", dict(sw_stride=65), "sw_stride 65 is more than sw_seq_len 64"),
     ("golf_recurrent", dict(compressor="zip"), "compressor is 'zip'; it can be auto, "),
     ("golf_seq4096", dict(num_heads=3), "model_dim 64, num_heads 3 and num_kv_heads 2 do not "),
     ("golf_recurrent", dict(max_wallclock_seconds=3), "gptq_reserve_seconds 12, so no time is left to train"),
@@ -386,6 +389,14 @@ COMPLAINTS = [
     ("golf_recurrent", dict(artifact_limit_bytes=100_000), "no model fits into 100,000 bytes"),
     ("golf_seq4096", dict(evaluate="nothing.ptz"), "nothing.ptz does not exist"),
 ]
+
+
+@of_both_systems
+def test_a_number_of_processes_that_does_not_divide(name, tmp_path, data):
+    """Prevents processes that meet, wait for each other, and only then hear that there are too many of them."""
+    process = golf(name, tmp_path / "base", data, environment=dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="3"))
+    assert process.returncode == 1 and "Traceback" not in process.stdout
+    assert process.stdout.splitlines()[-1].startswith("✗ 3 processes do not divide the eight slices of a step.")
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@
 # a difference smaller than that between two seeds is none; so the table has a second seed of the full recipe as well.
 
 # %%
+import math
 import time
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,7 @@ import torch
 
 from golf.golf_optim import setup_golf_optimizer
 from golf.golf_scoring import score_stream
-from golf.golf_train import GolfTraining, golf_step
+from golf.golf_train import GolfTraining, device_batch_for, golf_step
 from golf.shards import DistributedTokenLoader, TokenStream
 from nanochat.runtime import print0
 
@@ -38,7 +39,7 @@ def short_run(model, learning: dict, training: GolfTraining, stream: TokenStream
         multiplier = min(1.0, left / training.warmdown_fraction) if training.warmdown_fraction else 1.0
         golf_step(model, optimizer, loader, training, multiplier, training.momentum(step), {})
     seconds = time.perf_counter() - started
-    windows = training.scoring_windows_at_once(place[1], training.train_seq_len)
+    windows = training.scoring_windows_at_once(training.train_seq_len)
     losses_of = partial(model, reduction="none")
     sums = score_stream(losses_of, val_tokens, byte_tables, training.train_seq_len, None, windows, place[2])
     return sums.val_loss, sums.val_bpb, seconds
@@ -56,7 +57,10 @@ def ablate(
     for label, (seed, build, learning, changes) in runs.items():
         if label not in rows:
             torch.manual_seed(seed)
-            short = replace(training, iterations=steps, max_wallclock_seconds=0.0, **changes)
+            # a step that is not compiled needs more memory
+            at_once = training.device_batch_tokens or device_batch_for(place[2], whole_slice_bytes=math.inf)
+            short = replace(training, iterations=steps, max_wallclock_seconds=0.0, device_batch_tokens=at_once)
+            short = replace(short, **changes)
             rows[label] = short_run(build(), learning, short, stream, val_tokens, byte_tables, place)
             print0(f"{label}: {rows[label][1]:.4f} bits per byte after {steps} steps")
             if keep:

@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.runtime import UserError
+from golf.golf_settings import refuse_uneven_heads
 
 # %% [markdown]
 # ### `GolfShape` and `GolfConfig`
@@ -46,11 +46,7 @@ class GolfShape:
     bf16_rope: bool = False  # round positions and tables as the published script does, to replay its logs
 
     def __post_init__(self):
-        if self.model_dim % self.num_heads or self.num_heads % self.num_kv_heads or self.head_dim % 2:
-            raise UserError(
-                f"model_dim {self.model_dim}, num_heads {self.num_heads} and num_kv_heads {self.num_kv_heads} do not "
-                "fit: the width must be an even multiple of the heads, and the heads a multiple of the key-value heads."
-            )
+        refuse_uneven_heads(self.model_dim, self.num_heads, self.num_kv_heads)
 
     @property
     def head_dim(self) -> int:

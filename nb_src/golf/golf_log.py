@@ -79,12 +79,12 @@ def golf_header_lines(params: dict, data, val_tokens: int, model, world_size: in
     ]
 
 
-def golf_record_lines(record: GolfRecord, iterations: int) -> list[str]:
-    """What the log says about one step."""
+def golf_record_lines(record: GolfRecord, iterations: int, warmup_steps: int) -> list[str]:
+    """What the log says about one step, and before the first about those that warmed up and were undone."""
     at = f"step:{record.step}/{iterations}"
     time = f"train_time:{record.train_ms:.0f}ms"
     average = f"step_avg:{record.train_ms / max(record.step, 1):.2f}ms"
-    lines = []
+    lines = [f"warmup_step:{i}/{warmup_steps}" for i in range(1, warmup_steps + 1)] if record.step == 0 else []
     if record.loss is not None:
         lines.append(f"{at} train_loss:{record.loss:.4f} {time} {average}")
     if record.val_bpb is not None:

@@ -258,7 +258,10 @@ class WeightEMA:
         return {"decay": self.decay, "shadow": self.shadow}
 
     def load_state_dict(self, state: dict) -> None:
-        self.decay, self.shadow = state["decay"], dict(state["shadow"])
+        """Go on from a saved average, wherever it was read to: it comes to the model's device."""
+        weights = self.model.state_dict()
+        self.decay = state["decay"]
+        self.shadow = {name: tensor.to(weights[name].device) for name, tensor in state["shadow"].items()}
 
     @torch.no_grad()
     def copy_to_model(self) -> None:

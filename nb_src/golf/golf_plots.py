@@ -53,7 +53,7 @@ RECORD_A_REFERENCE = golf_reference(
 # %%
 @rc_context(PLOT_STYLE)
 def plot_golf_schedule(points) -> Figure:
-    """What a run did. points: (step, train_ms at its start, learning-rate multiplier, Muon momentum) of each step."""
+    """What a run did. points: (step, train_ms, learning-rate multiplier, Muon momentum) of each GolfRecord."""
     steps, train_ms, multipliers, momenta = zip(*points, strict=True)
     panels = [
         ("learning rate, by step", steps, multipliers, PLOT_BLUE, "step"),

@@ -143,7 +143,8 @@ def resolve_golf_parameters(
     given = {name: value for name, value in given.items() if is_given(value)}
     preset = given.pop("preset", "auto")
     if preset == "auto":
-        preset = next(iter(presets)) if torch.cuda.is_available() else "cpu"
+        on_gpu = torch.cuda.is_available() and given.get("device_type", "cuda") == "cuda"
+        preset = next(iter(presets)) if on_gpu else "cpu"
     if preset not in presets:
         raise UserError(f"preset is {preset!r}; it can be auto, {', '.join(presets)}.")
     params = presets[preset] | given | {"preset": preset}
@@ -151,6 +152,8 @@ def resolve_golf_parameters(
     if "variant" in given and "vocab_size" not in given and size:
         params["vocab_size"] = int(size[1])  # sp4096 says how many tokens it has
     for name, value in params.items():
+        if name.endswith("_name_patterns"):
+            params[name] = ",".join(filter(None, map(str.strip, value.split(","))))
         may_be_zero = value == 0 and name in MAY_BE_ZERO_IN_GOLF
         if types[name] in (int, float) and not (0 < value < math.inf or may_be_zero):
             raise UserError(f"{name} is {value}; it must be positive, or -1 for the preset's value.")
@@ -158,8 +161,31 @@ def resolve_golf_parameters(
     return params, given
 
 
+BELOW_ONE = ("beta1", "beta2", "muon_momentum", "muon_momentum_warmup_start", "ema_decay", "enable_looping_at")
+AT_MOST_ONE = ("warmdown_fraction", "swa_start_frac")
+
+
+def refuse_uneven_heads(model_dim: int, num_heads: int, num_kv_heads: int) -> None:
+    """Raise UserError when a width cannot be cut into such heads."""
+    if model_dim % num_heads or num_heads % num_kv_heads or model_dim // num_heads % 2:
+        raise UserError(
+            f"model_dim {model_dim}, num_heads {num_heads} and num_kv_heads {num_kv_heads} do not "
+            "fit: the width must be an even multiple of the heads, and the heads a multiple of the key-value heads."
+        )
+
+
 def refuse_impossible_settings(params: dict) -> None:
-    """Raise UserError for what would only be noticed after the training, or not at all."""
+    """Raise UserError for what would only be noticed after the download or the training, or not at all."""
+    for name in BELOW_ONE:
+        if params.get(name, 0) >= 1:
+            raise UserError(f"{name} is {params[name]}; it must be below 1.")
+    for name in AT_MOST_ONE:
+        if params.get(name, 0) > 1:
+            raise UserError(f"{name} is {params[name]}; it must be at most 1.")
+    for name, value in params.items():
+        if name.endswith("_name_patterns") and not value:
+            raise UserError(f"{name} names nothing. Write parts of names, joined by commas.")
+    refuse_uneven_heads(params["model_dim"], params["num_heads"], params["num_kv_heads"])
     if params["run_id"] and not re.fullmatch(r"\w[\w.+-]*", params["run_id"], re.A):
         raise UserError(f"run_id is {params['run_id']!r}; it names a folder and may hold letters, digits and _ . + -.")
     if params["data_path"] and not params["tokenizer_path"]:
@@ -171,11 +197,24 @@ def refuse_impossible_settings(params: dict) -> None:
             "them out, or correct it; variants are named like sp1024 or byte260."
         )
     if "ttt_mode" not in params:  # the first system
+        if params["int8_original_floor"] > 2:
+            raise UserError(f"int8_original_floor is {params['int8_original_floor']}; it can be 0, 1 or 2.")
         return
+    if params["architecture"] not in ("recurrent", "looped"):
+        raise UserError(f"architecture is {params['architecture']!r}; it can be recurrent or looped.")
     if params["ttt_mode"] not in ("off", "sgd", "lora"):
         raise UserError(f"ttt_mode is {params['ttt_mode']!r}; it can be off, sgd or lora.")
     if params["compressor"] not in ("auto", "brotli", "lzma", "zlib"):
         raise UserError(f"compressor is {params['compressor']!r}; it can be auto, brotli, lzma or zlib.")
+    if params["sw_stride"] > params["sw_seq_len"]:
+        raise UserError(
+            f"sw_stride {params['sw_stride']} is more than sw_seq_len {params['sw_seq_len']}: windows would leave gaps."
+        )
+    if params["ttt_mode"] != "off" and params["ttt_chunk_tokens"] < params["sw_seq_len"]:
+        raise UserError(
+            f"ttt_chunk_tokens {params['ttt_chunk_tokens']} is less than sw_seq_len {params['sw_seq_len']}, so there "
+            "would be nothing to train on. Use longer chunks or shorter windows."
+        )
     if not re.fullmatch(r"([1-9]\d*(\|[1-9]\d*)*)?", params["train_recurrences"]):
         raise UserError(f"train_recurrences is {params['train_recurrences']!r}; write numbers of rounds as in 4|8.")
     scored = params["num_eval_recurrences"] or params["num_recurrences"]

@@ -81,9 +81,9 @@ class GolfTraining:
         fitting = max(1, self.device_batch_tokens // self.train_seq_len) if self.device_batch_tokens else rows
         return max(n for n in range(1, rows + 1) if rows % n == 0 and n <= fitting)
 
-    def scoring_windows_at_once(self, world_size: int, length: int) -> int:
-        """Windows of `length` tokens in one forward pass of a validation: the share of VAL_BATCH_SIZE, at least one."""
-        tokens = self.val_batch_size // (8 // world_size * world_size)
+    def scoring_windows_at_once(self, length: int) -> int:
+        """Windows of `length` tokens in one forward pass: those of an eighth of VAL_BATCH_SIZE, at least one."""
+        tokens = self.val_batch_size // 8  # as if validation had the slices of a step, on any number of processes
         return max(1, min(tokens, self.device_batch_tokens or tokens) // length)
 
 
@@ -142,7 +142,7 @@ def compile_golf(model: GolfModel, optimizer: GolfOptimizer | None, wanted: bool
 
 # %% [markdown]
 # ### `golf_step`
-# Forward, backward, update, and no word between the processes but the sum of the gradients.
+# Forward, backward, update. Processes exchange the sum of their gradients and the directions that Muon shares out.
 
 
 # %%
@@ -232,7 +232,7 @@ def train_golf(
         clock.elapsed_ms = meta["train_ms"]
 
     def validate():
-        batch = training.scoring_windows_at_once(world_size, training.train_seq_len)
+        batch = training.scoring_windows_at_once(training.train_seq_len)
         losses_of = partial(call, reduction="none", **options_at(step, clock.progress(step), True))
         return score_stream(losses_of, val_tokens, byte_tables, training.train_seq_len, None, batch, device)
 
@@ -253,7 +253,8 @@ def train_golf(
         clock.resume()
         while True:
             over, sums = clock.is_over(step), None
-            if over or (training.val_loss_every > 0 and step % training.val_loss_every == 0):
+            known = meta is not None and step == began  # the log has its record already
+            if over or (training.val_loss_every > 0 and step % training.val_loss_every == 0 and not known):
                 clock.pause()
                 if over:
                     clock.step_done(step)  # a GPU has now finished what it was given
@@ -274,10 +275,10 @@ def train_golf(
                 tokens_per_second=1000 * training.train_batch_tokens / pace if pace else None,
                 eta_seconds=clock.seconds_left(step, pace) if pace else None,
                 progress=clock.progress(step),
-                stopped_early=clock.stop_step is not None,
+                stopped_early=over and step < training.iterations,
                 peak_mib=peak_memory_mib() if over else None,
             )
-            if not (meta and step == began):  # the log has it already
+            if not known:
                 if rank == 0:
                     log.append(record)
                 yield record
@@ -317,5 +318,5 @@ def shared_loss(loss: torch.Tensor) -> float:
         loss /= dist.get_world_size()
     value = loss.item()
     if not math.isfinite(value):
-        raise UserError(f"the loss became {value}. Lower MATRIX_LR, TIED_EMBED_LR and SCALAR_LR and run again.")
+        raise UserError(f"the loss became {value}. Lower MATRIX_LR, SCALAR_LR and the embedding's rate and run again.")
     return value

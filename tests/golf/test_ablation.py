@@ -68,3 +68,15 @@ def test_finished_rows_are_kept_and_not_run_again(parts):
     assert rows["first"] == (1.0, 2.0, 3.0) and len(built) == 2
     assert [list(each) for each in kept] == [["first", "second"], ["first", "second", "third"]]
     assert table(runs, 1, done=rows) == rows and len(built) == 2
+
+
+def test_a_gpu_gets_a_slice_in_parts(parts, monkeypatch):
+    """A training that fits because it is compiled, and after it an ablation that does not fit, because it is not."""
+    build, learning, _, table = parts
+    asked = []
+    monkeypatch.setattr("golf.ablation.device_batch_for", lambda device, whole_slice_bytes: asked.append(device) or 32)
+    shapes, forward = set(), RecurrentGPT.forward
+    monkeypatch.setattr(RecurrentGPT, "forward", lambda model, ids, *a, **how: (
+        torch.is_grad_enabled() and shapes.add(tuple(ids.shape)), forward(model, ids, *a, **how))[1])  # fmt: skip
+    table({"whole": (3, build, learning, {})}, 1)
+    assert shapes == {(1, 32)} and asked == [torch.device("cpu")]

@@ -77,7 +77,9 @@ def test_untied_head_is_told():
 
 def test_steps_have_the_published_shapes():
     """A step that is missing from the log, or logged though nothing was measured."""
-    assert [line for record in RECORDS for line in golf_record_lines(record, 20_000)] == [
+    assert [line for record in RECORDS for line in golf_record_lines(record, 20_000, 2)] == [
+        "warmup_step:1/2",
+        "warmup_step:2/2",
         "step:0/20000 val_loss:6.9357 val_bpb:4.1077 train_time:0ms step_avg:0.00ms",
         "step:1/20000 train_loss:6.9345 train_time:72ms step_avg:71.50ms",
         "step:3/20000 train_loss:6.5000 train_time:215ms step_avg:71.53ms",
@@ -89,7 +91,7 @@ def test_steps_have_the_published_shapes():
 
 def test_steps_are_read_back():
     """A linter that finds no steps in our own log."""
-    log = parse_training_log("\n".join(line for r in RECORDS for line in golf_record_lines(r, 20_000)).encode())
+    log = parse_training_log("\n".join(line for r in RECORDS for line in golf_record_lines(r, 20_000, 20)).encode())
     assert log.validations == [(0, Decimal("6.9357"), Decimal("4.1077")), (3, Decimal("6.4123"), Decimal("3.8124"))]
     assert (log.steps, log.train_ms) == (3, 215) and log.result is None
 

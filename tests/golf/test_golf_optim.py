@@ -277,6 +277,18 @@ def test_ema_goes_on_from_its_state():
     assert all(torch.equal(w, whole.shadow[name]) for name, w in resumed.shadow.items())
 
 
+def test_an_average_comes_to_its_model():
+    """Shares of several processes are read on the CPU: on a GPU the next update would meet tensors of two devices."""
+    model = golf_model()
+    ema = WeightEMA(model, start_fraction=0.0)
+    ema.update(1, 0.5)
+    state = copy.deepcopy(ema.state_dict())
+    elsewhere = WeightEMA(golf_model().to("meta"), start_fraction=0.0)
+    elsewhere.load_state_dict(state)
+    assert {tensor.device.type for tensor in elsewhere.shadow.values()} == {"meta"}
+    elsewhere.update(2, 0.6)
+
+
 def test_control_patterns_choose_the_optimizer():
     """CONTROL_TENSOR_NAME_PATTERNS printed and ignored: Muon orthogonalises a matrix that steers others."""
     model = golf_model()

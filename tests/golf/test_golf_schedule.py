@@ -102,6 +102,18 @@ def test_clock_counts_training_only():
     assert clock.stop_step == 7
 
 
+def test_the_bell_rings_on_time():
+    """One step more when the time is up to the millisecond."""
+    time = StepwiseTime()
+    clock = TrainingClock(iterations=100, cap_seconds=3, now=time)
+    clock.resume()
+    for step in (1, 2, 3):
+        assert not clock.is_over(step - 1)
+        time.seconds += 1
+        clock.step_done(step)
+    assert clock.stop_step == 3 and clock.is_over(3)
+
+
 def test_clock_without_a_cap():
     """Without a cap only the steps count."""
     time = StepwiseTime()
@@ -176,7 +188,12 @@ def test_warm_up_leaves_no_trace(steps, before):
         train(model, optimizer, before)
         start = [p.detach().clone() for p in model.parameters()]
         parameters, losses = [id(p) for p in model.parameters()], []
-        warm_up_and_restore(model, optimizer, lambda i: losses.extend(train(model, optimizer, 1, 77 + i)), warm)
+
+        def one_step(i):
+            losses.extend(train(model, optimizer, 1, 77 + i))
+            model.skip_weights.grad = torch.ones_like(model.skip_weights)  # left behind, to be taken away
+
+        warm_up_and_restore(model, optimizer, one_step, warm)
         assert len(losses) == warm and parameters == [id(p) for p in model.parameters()]
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), start, strict=True))
         assert all(p.grad is None for p in model.parameters())

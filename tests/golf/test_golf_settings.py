@@ -66,6 +66,8 @@ def test_auto_is_what_the_machine_can_do(monkeypatch):
     for gpu, expected in ((True, "record"), (False, "cpu")):
         monkeypatch.setattr("torch.cuda.is_available", lambda gpu=gpu: gpu)
         assert resolve()[0]["preset"] == expected
+        assert resolve(["--device_type=cuda"])[0]["preset"] == expected
+        assert resolve(["--device_type=cpu"])[0]["preset"] == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -102,14 +104,39 @@ def test_what_cannot_be_meant_is_refused_by_name(arguments, cell, environment, s
         ("--max_wallclock_seconds=12", "no time is left to train"),
         ("--num_eval_recurrences=6", "scored with 6 rounds, and the training has [3]"),
         ("--train_recurrences=4|8", "scored with 3 rounds, and the training has [4, 8]"),
+        ("--architecture=deep", "architecture is 'deep'; it can be recurrent or looped"),
+        ("--enable_looping_at=1", "enable_looping_at is 1.0; it must be below 1"),
+        ("--sw_stride=257", "sw_stride 257 is more than sw_seq_len 256"),
+        ("--ttt_chunk_tokens=255", "ttt_chunk_tokens 255 is less than sw_seq_len 256"),
+        ("--num_heads=5", "num_heads 5 and num_kv_heads 2 do not fit"),
+        ("--model_dim=60", "model_dim 60, num_heads 4 and num_kv_heads 2 do not fit"),
+        ("--beta2=1", "beta2 is 1.0; it must be below 1"),
+        ("--muon_momentum=9.5", "muon_momentum is 9.5; it must be below 1"),
+        ("--ema_decay=1", "ema_decay is 1.0; it must be below 1"),
+        ("--warmdown_fraction=70", "warmdown_fraction is 70.0; it must be at most 1"),
+        ("--swa_start_frac=40", "swa_start_frac is 40.0; it must be at most 1"),
+        ("--control_tensor_name_patterns= ,", "control_tensor_name_patterns names nothing"),
     ],
 )
 def test_what_would_only_be_noticed_later_is_refused_at_once(argument, sentence):
     """A run of ten minutes that ends because nobody knows the codec, or that writes into another folder."""
     with pytest.raises(UserError, match=re.escape(sentence)):
         resolve(["--preset=cpu", argument], presets=RECURRENT_PRESETS)
-    for fine in ("--run_id=a_1.b-2", "--train_recurrences=2|3", "--max_wallclock_seconds=13"):
+    for fine in ("--run_id=a_1.b-2", "--train_recurrences=2|3", "--max_wallclock_seconds=13", "--warmdown_fraction=1",
+                 "--swa_start_frac=1", "--sw_stride=256", "--ttt_chunk_tokens=256"):  # fmt: skip
         resolve(["--preset=cpu", fine], presets=RECURRENT_PRESETS)
+
+
+def test_a_rounding_step_that_is_none():
+    """A KeyError after ten minutes of training."""
+    with pytest.raises(UserError, match="int8_original_floor is 3; it can be 0, 1 or 2"):
+        resolve(["--int8_original_floor=3"])
+
+
+def test_patterns_as_people_write_them():
+    """A comma at the end: the empty pattern is in every name, and no matrix is left for Muon or the codes."""
+    params, _ = resolve(["--control_tensor_name_patterns=attn_scale, resid_mix,"])
+    assert params["control_tensor_name_patterns"] == "attn_scale,resid_mix"
 
 
 def test_zero_where_zero_means_off():

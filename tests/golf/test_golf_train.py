@@ -97,7 +97,7 @@ def test_run_is_the_straightforward_loop(data, whole):
         if step + 1 == 6:
             shadow = state
         elif shadow:
-            shadow = {name: 0.4 * shadow[name] + 0.6 * state[name] for name in state}
+            shadow = {name: 8 / 18 * shadow[name] + 10 / 18 * state[name] for name in state}
 
     assert [r.step for r in records] == list(range(25))
     assert records[0].loss is None and records[0].train_ms == 0
@@ -239,6 +239,16 @@ def test_stopped_run_saves_and_goes_on(data, tmp_path, whole, asked_at):
     assert_same_end(run, whole)
 
 
+def test_the_clock_on_the_wall_saves_too(data, tmp_path, monkeypatch):
+    """A crash after an hour without save_every, and nothing to go on from."""
+    monkeypatch.setattr("golf.golf_train.AUTOSAVE_SECONDS", -1)
+    records = TinyRun(data, save_every=0, val_loss_every=0).records(tmp_path / "run")
+    while next(records).step < 4:
+        pass
+    records.close()
+    assert sorted(path.name for path in (tmp_path / "run").glob("meta_*")) == ["meta_000002.json", "meta_000003.json"]
+
+
 def test_finished_run_replays_and_does_nothing(data, tmp_path, whole):
     """Run all, for the second time, trains for another ten minutes."""
     folder = tmp_path / "run" / "checkpoints"
@@ -253,14 +263,14 @@ def test_finished_run_replays_and_does_nothing(data, tmp_path, whole):
     assert len([name for name in files if name.startswith("model_")]) <= 2
 
 
-@pytest.mark.parametrize("what", ["settings", "inputs"])
+@pytest.mark.parametrize("what", ["settings", "seed", "inputs"])
 def test_other_settings_begin_anew(data, tmp_path, what, capsys):
     """A run that goes on from weights that were trained at another rate."""
     folder = tmp_path / "run" / "checkpoints"
     list(TinyRun(data, iterations=2, val_loss_every=0).records(folder))
     saved = sorted(path.name for path in folder.glob("model_*"))
     changes = dict(iterations=2, val_loss_every=0)
-    run = TinyRun(data, **changes | ({"grad_clip_norm": 0.2} if what == "settings" else {}))
+    run = TinyRun(data, **changes | {"settings": {"grad_clip_norm": 0.2}, "seed": {"seed": 4}, "inputs": {}}[what])
     records = list(run.records(folder, {"learning": LEARNING | {"matrix_lr": 0.01}} if what == "inputs" else None))
     assert [r.replayed for r in records] == [False] * 3
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints-previous").glob("model_*")) == saved
@@ -271,7 +281,8 @@ def test_other_settings_begin_anew(data, tmp_path, what, capsys):
 
 
 def timed_run(monkeypatch, data, **changes):
-    run = TinyRun(data, iterations=1000, max_wallclock_seconds=5.5, warmdown_iters=3, warmup_steps=2, **changes)
+    settings = dict(iterations=1000, max_wallclock_seconds=5.5, warmdown_iters=3, warmup_steps=2) | changes
+    run = TinyRun(data, **settings)
     time = StepTime(run)
     monkeypatch.setattr("golf.golf_train.TrainingClock", partial(TrainingClock, now=time))
     return run, time
@@ -290,6 +301,29 @@ def test_no_step_follows_the_bell(data, tmp_path, monkeypatch):
     assert [r.lr_multiplier for r in records[1:]] == pytest.approx(expected)
     again, time = timed_run(monkeypatch, data, val_loss_every=2, save_every=3)
     assert all(r.replayed for r in again.records(tmp_path / "run")) and time.steps == 0
+
+
+def test_a_run_that_is_complete_was_not_stopped(data, tmp_path, monkeypatch):
+    """The bell that rings during the very last step, and a log that says the run was cut short."""
+    run, _ = timed_run(monkeypatch, data, iterations=6)
+    records = list(run.records(tmp_path / "run"))
+    assert records[-1].step == 6 and not any(r.stopped_early for r in records)
+
+
+def test_what_was_validated_is_not_validated_again(data, tmp_path):
+    """A resumed run that begins with minutes of scoring whose result nobody sees."""
+    with pytest.raises(KeyboardInterrupt):
+        for record in TinyRun(data).records(tmp_path / "run"):
+            if record.step == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+    run, scored = TinyRun(data), []
+    run.call = lambda *a, **how: (torch.is_grad_enabled() or scored.append(1), run.model(*a, **how))[1]
+    records = run.records(tmp_path / "run")
+    for record in records:
+        if not record.replayed:
+            break
+    records.close()
+    assert record.step == 6 and not scored
 
 
 def test_last_record_has_the_time_of_the_gpu(data, tmp_path, monkeypatch):
@@ -461,8 +495,22 @@ compute_cleanup()
 """
 
 
-def test_a_failing_process_ends_the_run(data, tmp_path):
-    """Seven GPUs that wait for the eighth until somebody looks."""
+GOES_ON = """
+import json, sys
+from pathlib import Path
+sys.path.append(sys.argv[1])
+from tiny_golf_run import TinyRun, checksum
+from nanochat.runtime import compute_cleanup, compute_init
+rank = compute_init("cpu")[1]
+run = TinyRun(Path(sys.argv[2]))
+replayed = [record.replayed for record in run.records(sys.argv[3])].count(True)
+print(json.dumps([replayed if rank == 0 else None, checksum(run.model.state_dict()), checksum(run.ema.shadow)]))
+compute_cleanup()
+"""
+
+
+def test_a_failing_process_ends_the_run_and_both_go_on(data, tmp_path):
+    """Seven GPUs that wait for the eighth until somebody looks, or go on with the momenta of the first."""
     program = tmp_path / "program.py"
     program.write_text(FAILING_RANK)
     launch = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", program]
@@ -472,6 +520,12 @@ def test_a_failing_process_ends_the_run(data, tmp_path):
     )  # fmt: skip
     assert done.returncode != 0 and "planted on rank 1" in done.stdout
     assert "rank      : 1" in done.stdout
+    broken, whole = (
+        [json.loads(out.splitlines()[-1]) for out in run_ranks(GOES_ON, HERE, data, tmp_path / name, world_size=2)]
+        for name in ("run", "whole")
+    )
+    assert broken[0][0] > 0 == whole[0][0]
+    assert [rank[1:] for rank in broken] == 2 * [whole[0][1:]]
 
 
 def test_a_slice_in_parts_trains_the_same(data, tmp_path):

@@ -29,7 +29,7 @@ TRAINING = GolfTraining(
     muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=10, seed=3,
 )  # fmt: skip
 LEARNING = dict(matrix_lr=0.02, scalar_lr=0.02, tied_embed_lr=0.05, muon_weight_decay=0.05, embed_wd=0.01)
-EMA_OPTIONS = dict(decay=0.4, start_fraction=0.25)
+EMA_OPTIONS = dict(decay=0.9, start_fraction=0.25)  # 18 of 24 steps are left then, so it is lowered to 1 − 10/18
 
 
 def write_tiny_shards(folder):
