@@ -296,12 +296,15 @@ def gather_loader_states(state: dict) -> list[dict]:
 
 
 def build_for_training(plan: PretrainPlan, device: torch.device, compute_dtype: torch.dtype) -> GPT:
-    """A freshly initialised model of the plan's shape on the device, the same on every process."""
+    """A freshly initialised model of the plan's shape on the device, the same on every process, which all call it."""
     with torch.device("meta"):
         model = GPT(plan.model_config, compute_dtype)
     model.to_empty(device=device)
     torch.manual_seed(42)
     model.init_weights()
+    if is_ddp_initialized():  # GPUs of two kinds draw two series of numbers from one seed
+        for p in model.parameters():
+            dist.broadcast(p.data, 0)
     return model
 
 

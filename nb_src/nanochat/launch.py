@@ -137,7 +137,7 @@ class Ranks:
     def __init__(self, script: Path, arguments: list[str], processes: int):
         self.command = [sys.executable, "-u", str(script), *arguments]
         self.logs = [script.with_name(f"{script.stem}-{rank}.log") for rank in range(processes)]
-        self.processes, self.pipe, self.stopping = [], None, False
+        self.processes, self.pipe, self.stopping, self.killed = [], None, False, False
         self.first_failure, self.first_ended_at = None, None
 
     def start(self) -> None:
@@ -171,9 +171,9 @@ class Ranks:
         codes = [process.poll() for process in self.processes]
         fine = {None, 0, -signal.SIGINT} if self.stopping else {None, 0}  # after saving it is SIGINT
         ended = [rank for rank, code in enumerate(codes) if code not in fine]
-        if ended and self.first_ended_at is None:
-            self.first_ended_at = time.monotonic()
-            # who was killed, or does not say so, did not follow another
+        if ended and not self.killed:
+            self.first_ended_at = self.first_ended_at or time.monotonic()
+            # who was killed, or does not say so, did not follow another; it may be the last to be gone
             first = min(ended, key=lambda rank: (codes[rank] != -signal.SIGKILL, FOLLOWED in self.printed_by(rank)))
             if not (self.stopping and codes[first] == -signal.SIGTERM):  # the stop came before the first step
                 self.first_failure = first
@@ -183,6 +183,7 @@ class Ranks:
 
     def kill(self) -> None:
         """End what still runs, at once."""
+        self.killed = True
         self.ask_to_stop()
         for process in self.processes:
             process.kill()

@@ -167,7 +167,10 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def allocate_state(self) -> None:
-        """Create the state that the first step would create, so that the memory left is known before it."""
+        """Create the state that the first step would create, so that the memory left is known before it.
+
+        All processes must call it.
+        """
         for group in self.param_groups:
             if group["kind"] == "muon":
                 first, end = self.owned_rows(group["params"][0], group)
@@ -175,6 +178,25 @@ class MuonAdamW(torch.optim.Optimizer):
             else:
                 for p in group["params"]:
                     self.adamw_state(p, p[slice(*self.owned_rows(p, group))])
+        if self.world_size > 1:
+            self.use_the_network()
+
+    def use_the_network(self) -> None:
+        """Reduce and gather zeros, as much at once as a step does at the least and at the most.
+
+        NCCL takes memory of its own at its first use, and PyTorch gives back nothing of what it holds.
+        """
+        sizes, first = set(), self.param_groups[0]["params"][0]
+        for group in self.param_groups:
+            if group["kind"] == "muon":
+                sizes.add(-(-len(group["params"]) // self.world_size) * self.world_size * group["params"][0].numel())
+            else:
+                sizes |= {p.numel() for p in group["params"] if p.numel() >= SMALL_PARAMETER}
+        for size in {min(sizes), max(sizes)} if sizes else ():
+            whole = torch.zeros(size, device=first.device)
+            share = whole.new_empty(size // self.world_size)
+            reduce_scatter(share, whole)
+            all_gather_into(whole, share)
 
     def adamw_state(self, p, values) -> dict:
         """The state of `values` (the parameter p, or this process's rows of it), zeros at first."""

@@ -295,12 +295,17 @@ def compute_init(device_type: str = "cuda") -> tuple[bool, int, int, int, torch.
     if not available[device_type]():
         raise UserError(f"device_type is {device_type} but torch {torch.__version__} finds no such device here.")
     ddp, rank, local_rank, world_size = get_dist_info()
-    torch.manual_seed(42)  # only weight initialisation draws from the global generator
+    visible = torch.cuda.device_count() if device_type == "cuda" else local_rank + 1
+    if local_rank >= visible:
+        raise UserError(
+            f"rank {rank} has LOCAL_RANK {local_rank}, and the number of GPUs that it sees is {visible}. Start one "
+            f"process for each GPU (torchrun --nproc_per_node={visible}), and let each of them see all GPUs."
+        )
+    torch.manual_seed(42)  # of all devices; only weight initialisation draws from the global generator
     device = torch.device(device_type)
     if device_type == "cpu":
         keep_freed_memory()
     if device_type == "cuda":
-        torch.cuda.manual_seed(42)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
         if ddp:
             device = torch.device("cuda", local_rank)

@@ -20,10 +20,11 @@ from pathlib import Path
 
 import torch
 
-from nanochat.checkpoint_files import find_last_step, read_meta
+from nanochat.checkpoint_files import checkpoint_name, checkpoint_problem, find_last_step, read_meta
 from nanochat.runtime import (
     UserError,
     device_name_of,
+    gather_numbers,
     get_dist_info,
     get_peak_flops,
     print0,
@@ -196,26 +197,43 @@ class StopRequest:
 # %% [markdown]
 # ### `find_resumable`
 # Going on is only right with the settings and the data that a checkpoint was trained with. A fingerprint of both is in
-# its JSON.
-
+# its JSON. Rank 0 looks for it: a disk in the network may show another machine the folder as it was a minute ago.
 
 # %%
+DISK_PATIENCE = 90  # seconds; NFS keeps what it knows of a folder for up to one minute
+
+
 def find_resumable(folder: str, fingerprint: str) -> tuple[int, dict | None]:
     """(step, meta) of the newest complete checkpoint that fits; (0, None) to start afresh.
 
     How many processes saved it does not matter. A model trained with other settings is not overwritten: its folder is
-    moved aside first. Every rank must call it.
+    moved aside first. Every rank must call it. UserError, on every rank, when one does not see what rank 0 found.
     """
     wait_for_everyone()
-    try:
-        step = find_last_step(folder)
-    except FileNotFoundError:
+    rank, step = get_dist_info()[1], -1
+    if rank == 0:
+        try:
+            step = find_last_step(folder)
+        except FileNotFoundError:
+            pass
+    step = gather_numbers([step])[0][0]
+    if step < 0:
         return 0, None
+    deadline = time.monotonic() + DISK_PATIENCE
+    while checkpoint_problem(folder, step) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    problems = gather_numbers([int(bool(checkpoint_problem(folder, step)))])
+    blind = [str(other) for other, (problem,) in enumerate(problems) if problem]
+    if blind:
+        raise UserError(
+            f"rank {', '.join(blind)} does not see checkpoint {checkpoint_name(folder, step)}, which rank 0 goes on "
+            "from. All machines need one base directory on a disk that they share."
+        )
     meta = read_meta(folder, step)
     if meta.get("fingerprint") != fingerprint:
         aside = f"{folder}-previous"
         wait_for_everyone()
-        if get_dist_info()[1] == 0:
+        if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(folder, aside)
         wait_for_everyone()

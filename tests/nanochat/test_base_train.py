@@ -14,6 +14,7 @@ from helpers import (
     EAGER,
     english_documents,
     python_environment,
+    run_ranks,
     small_corpus,
     small_plan,
     small_tokenizer,
@@ -298,3 +299,23 @@ def test_a_resumed_fp16_run_reads_on_where_it_stopped(base_dir, world, monkeypat
     seen.clear()
     assert run("parts", 0, 3) == whole and whole[2]["factor"] < 2.0**24
     assert len(whole[1]) == 14 and all(a != b for a, b in zip(whole[1], whole[1][1:], strict=False))
+
+
+BUILDING = """
+import torch
+from helpers import small_plan
+from nanochat.base_train import build_for_training
+from nanochat.runtime import compute_cleanup, compute_init
+
+rank, seed = compute_init("cpu")[1], torch.manual_seed
+torch.manual_seed = lambda number: seed(number + rank)  # as a GPU with another number of cores would draw
+model = build_for_training(small_plan(), torch.device("cpu"), torch.float32)
+print(sum(p.double().abs().sum().item() for p in model.parameters()).hex())
+compute_cleanup()
+"""
+
+
+def test_different_gpus_begin_with_the_same_weights():
+    """Prevents a first step whose gradients are the mean over models that never met."""
+    one, other = (output.splitlines()[-1] for output in run_ranks(BUILDING))
+    assert one == other and float.fromhex(one) > 100

@@ -193,6 +193,19 @@ sys.exit(1)
         list(train(program))
 
 
+def test_who_fails_and_takes_its_time_to_end_is_blamed(folder, train):
+    """The end of the log of who only followed, because a process that fails also has a GPU to leave."""
+    program = """
+if rank == 0:
+    print("✗ rank 0 lost another process and ends too (Connection closed by peer).")
+    sys.exit(1)
+time.sleep(0.5)
+1 / 0
+"""
+    with pytest.raises(UserError, match=r"^pretrain: rank 1 failed with status 1(.|\n)*division by zero"):
+        list(train(program))
+
+
 def test_another_training_than_the_one_shown_is_refused(folder, monkeypatch):
     """Cells that were edited in another order than they ran: hours on another model, and this one moved aside."""
     started = iter([RECORD])
@@ -224,6 +237,15 @@ def test_a_crash_shows_the_end_of_its_log(folder, train):
     """A failure of which only the exit status is known."""
     with pytest.raises(UserError, match=r"rank \d failed with status 1(.|\n)*ZeroDivisionError: division by zero"):
         list(train("1 / 0"))
+
+
+def test_who_had_to_be_ended_is_not_blamed(folder, train, monkeypatch):
+    """A crash on one GPU, told as the end of another one that was still waiting for it, which NCCL does for ever."""
+    monkeypatch.setattr(launch, "FAILURE_PATIENCE", 0.3)
+    with pytest.raises(UserError, match=r"^pretrain: rank 1 failed with status 1(.|\n)*division by zero"):
+        list(train("time.sleep(60) if rank == 0 else 1 / 0"))
+    with pytest.raises(UserError, match=r"^pretrain: rank 1 was killed by signal 9 \(SIGKILL\)"):
+        list(train("time.sleep(60) if rank == 0 else os.kill(os.getpid(), signal.SIGKILL)"))
 
 
 def test_a_stop_waits_until_all_have_saved(folder, train, monkeypatch):

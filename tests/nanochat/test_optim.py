@@ -3,7 +3,7 @@ import subprocess
 import pytest
 import torch
 
-from helpers import PYTHON, python_environment
+from helpers import PYTHON, python_environment, run_ranks
 from nanochat.optim import SMALL_PARAMETER, MuonAdamW, polar_express
 
 COEFFICIENTS = [  # spec 8.3
@@ -411,6 +411,50 @@ def test_optimizer_state_is_sharded(sharded_runs, world_size):
 def test_the_process_group_is_gone_after_cleanup(sharded_runs, world_size):
     """Network threads that outlive the group and abort the interpreter while it exits, one run in twenty."""
     assert [result["threads left"] for result in sharded_runs[world_size]] == [[]] * world_size
+
+
+NETWORK = """
+import torch
+from nanochat import optim
+from nanochat.runtime import compute_cleanup, compute_init
+
+compute_init("cpu")
+sizes = {"reduce": [], "gather": []}
+reduce_scatter, all_gather_into = optim.reduce_scatter, optim.all_gather_into
+
+
+def reduce(share, whole, **more):
+    sizes["reduce"].append(whole.numel())
+    return reduce_scatter(share, whole, **more)
+
+
+def gather(whole, share, **more):
+    sizes["gather"].append(whole.numel())
+    return all_gather_into(whole, share, **more)
+
+
+optim.reduce_scatter, optim.all_gather_into = reduce, gather
+params = [torch.nn.Parameter(torch.ones(shape)) for shape in [(96, 16), (7,), *[(8, 24)] * 5, (4, 4)]]
+adamw = dict(kind="adamw", params=params[:2], lr=0.1, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0)
+muon = dict(kind="muon", lr=0.1, momentum=0.9, ns_steps=5, beta2=0.95, weight_decay=0.0)
+optimizer = optim.MuonAdamW([adamw, muon | dict(params=params[2:7]), muon | dict(params=params[7:])], torch.float32)
+optimizer.allocate_state()
+before = {name: sorted(each) for name, each in sizes.items()}
+assert all((p == 1).all() for p in params)
+for each in sizes.values():
+    each.clear()
+for p in params:
+    p.grad = torch.ones_like(p)
+optimizer.step()
+print(all(before[name] == [min(each), max(each)] for name, each in sizes.items()), before)
+compute_cleanup()
+"""
+
+
+def test_the_network_has_its_memory_before_the_batch_is_chosen():
+    """A device batch that fills the GPU, and NCCL in the first step, which asks for its buffers and finds no room."""
+    outputs = [output.splitlines()[-1] for output in run_ranks(NETWORK)]
+    assert outputs == ["True {'reduce': [32, 1536], 'gather': [32, 1536]}"] * 2
 
 
 def test_the_sizes_in_the_sharded_run_stand_on_both_sides_of_the_limit():

@@ -436,6 +436,40 @@ def test_a_single_process_on_the_cpu(capsys):
     assert "Distributed world size: 1" in capsys.readouterr().out
 
 
+@pytest.fixture
+def gpus(monkeypatch):
+    """As rank 5 of 8, with two GPUs in each machine, in front of stand-ins that note what they are asked."""
+    asked = []
+    for name, value in dict(RANK="5", LOCAL_RANK="1", WORLD_SIZE="8").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.append(("set_device", device)))
+    monkeypatch.setattr(runtime.dist, "init_process_group", lambda *args, **more: asked.append((*args, more)))
+    monkeypatch.setattr(runtime.dist, "barrier", lambda: asked.append("barrier"))
+    precision = torch.get_float32_matmul_precision()
+    yield asked
+    torch.set_float32_matmul_precision(precision)
+
+
+def test_every_process_takes_its_own_gpu_before_it_talks(gpus):
+    """All processes of a machine on its first GPU, where NCCL hangs or refuses, or the rank's number on the second."""
+    device = torch.device("cuda", 1)
+    assert compute_init("cuda") == (True, 5, 1, 8, device)
+    assert gpus == [
+        ("set_device", device), ("nccl", {"device_id": device, "timeout": runtime.NCCL_PATIENCE}), "barrier"
+    ]  # fmt: skip
+
+
+def test_more_processes_than_gpus_are_one_clear_sentence(gpus, monkeypatch):
+    """CUDA's "invalid device ordinal", from a launcher that started too many or that shows each one GPU alone."""
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="rank 5 has LOCAL_RANK 2, and the number of GPUs that it sees is 2"):
+        compute_init("cuda")
+    assert gpus == []
+    assert compute_init("cpu")[4] == torch.device("cpu"), "a CPU has room for all"
+
+
 WAITING = """
 import sys, time
 import torch.distributed as dist

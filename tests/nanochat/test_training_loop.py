@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 import pytest
 import torch
 
-from helpers import python_environment
+from helpers import python_environment, run_ranks
 from nanochat.training_loop import TrainLog, TrainMeter, TrainRecord, smoothed, summarize_training
 
 
@@ -68,3 +68,35 @@ def test_what_notebooks_share_brings_no_model_with_it():
     printed = subprocess.check_output([sys.executable, "-c", program], env=python_environment(), text=True)
     shared = "checkpoint_files parameters runtime stages training_loop".split()
     assert printed.split() == [f"nanochat.{name}" for name in shared]
+
+
+RESUMING = """
+import shutil, sys, threading
+from pathlib import Path
+import torch
+from nanochat import training_loop
+from nanochat.checkpoint_files import save_checkpoint
+from nanochat.runtime import UserError, compute_cleanup, compute_init
+
+rank = compute_init("cpu")[1]
+on_disk, late = Path(sys.argv[1]), Path(sys.argv[2])
+save_checkpoint(on_disk, 7, {"w": torch.ones(2)}, None, {"fingerprint": "mine"}, rank)
+if rank == 1:
+    threading.Timer(0.7, shutil.copytree, (on_disk, late)).start()
+print(training_loop.find_resumable((on_disk, late)[rank], "mine")[0])
+training_loop.DISK_PATIENCE = 0.5
+try:
+    training_loop.find_resumable((on_disk, on_disk / "never")[rank], "mine")
+except UserError as error:
+    print(error)
+compute_cleanup()
+"""
+
+
+def test_a_disk_that_lags_behind_does_not_part_the_processes(tmp_path):
+    """Prevents one machine from going on at step 7 while another, which does not see that yet, begins at step 0."""
+    printed = run_ranks(RESUMING, tmp_path / "d2", tmp_path / "late" / "d2")
+    for output, name in zip(printed, ("d2", "never"), strict=True):
+        step, sentence = output.splitlines()[-2:]
+        assert step == "7"
+        assert sentence.startswith(f"rank 1 does not see checkpoint {name}/7, which rank 0 goes on from.")
