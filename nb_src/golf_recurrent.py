@@ -412,11 +412,12 @@ if params["evaluate"]:
     model.to(device).depth = header["scoring"]["depth"]
     call = compile_golf(model, None, params["torch_compile"])
     windows_at_once = training.scoring_windows_at_once(header["scoring"]["length"])
-    rows = score_ladder(
+    rows = {}
+    for way, row in score_ladder(
         model, call, header["scoring"], val_tokens, byte_tables, windows_at_once, device, header["scoring"]["ways"]
-    )
-    for way, row in rows.items():
+    ):
         print0(f"{LADDER_LABELS[way]}: {row['val_bpb']:.8f} bits per byte, {row['seconds']:.1f} s")
+        rows[way] = row
     if rank == 0:
         write_atomic("result.json", json.dumps(rows))
     compute_cleanup()
@@ -606,7 +607,7 @@ if rank == 0:
     export_inputs["weights"] = read_meta(os.path.join(run_dir, "checkpoints"), last_record.step)["files"]
 export = finished_stage("golf export", export_inputs, run_dir)
 if export is None:
-    averaged = score_ways(["blocks"])["blocks"]
+    averaged = dict(score_ways(["blocks"]))["blocks"]
     started = time.perf_counter()
     loader.position = 0
     batch = (params["train_batch_tokens"], params["train_seq_len"], accumulation)
@@ -682,7 +683,7 @@ if scores is None:
     scores = {}
     for name in (NEAREST_ARTIFACT, GOLF_ARTIFACT):
         model.load_state_dict(read_artifact(os.path.join(run_dir, name))[0], strict=True)
-        scores[name] = score_ways(["blocks"])["blocks"]
+        scores[name] = dict(score_ways(["blocks"]))["blocks"]
     tokenizer_file = "tokenizer" + os.path.splitext(data.tokenizer_path)[1]
     scores["new process"] = run_in_fresh_process(
         script,

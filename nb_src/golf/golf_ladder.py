@@ -8,6 +8,7 @@
 
 # %%
 import time
+from dataclasses import replace
 from functools import partial
 
 from golf.golf_scoring import score_banded, score_stream
@@ -15,7 +16,8 @@ from golf.golf_ttt import TTTSettings, score_with_lora_ttt, score_with_sgd_ttt
 
 # %% [markdown]
 # ### `score_ladder`
-# Whoever has the artifact can call this: all it needs besides stands in the artifact's header.
+# Whoever has the artifact can call this: all it needs besides stands in the artifact's header. A score is told as soon
+# as it is known.
 
 # %%
 LADDER_LABELS = {
@@ -24,15 +26,18 @@ LADDER_LABELS = {
 }  # fmt: skip
 
 
-def score_ladder(model, call, scoring: dict, stream, byte_tables, batch_windows: int, device, ways) -> dict[str, dict]:
-    """way → val_loss (nats per token), val_bpb, seconds. Every rank must call it. Golf spec sections 4.7 and 4.8.
+def score_ladder(model, call, scoring: dict, stream, byte_tables, batch_windows: int, device, ways):
+    """Yield (way, dict of val_loss in nats per token, val_bpb, seconds). Every rank must iterate. Golf spec 4.7, 4.8.
 
     call: the model, compiled or not; adapters and the band need the eager one. scoring: the artifact's: length, stride
-    and the fields of TTTSettings. ways: of LADDER_LABELS, in the order in which to score; each starts from the same
-    weights.
+    and the fields of TTTSettings. batch_windows: as many tokens at once as in so many windows; for documents, which
+    are trained on while they are scored, no more either. ways: of LADDER_LABELS, in the order in which to score; each
+    starts from the same weights.
     """
     length, stride, ttt = scoring["length"], scoring["stride"], TTTSettings(**scoring["ttt"])
-    losses_of, rows = partial(call, reduction="none"), {}
+    losses_of = partial(call, reduction="none")
+    documents = max(1, batch_windows * length // ttt.ttt_eval_seq_len)
+    by_document = replace(ttt, ttt_batch_size=min(ttt.ttt_batch_size, documents))
     for way in ways:
         started = time.perf_counter()
         if way == "blocks":
@@ -46,6 +51,5 @@ def score_ladder(model, call, scoring: dict, stream, byte_tables, batch_windows:
         elif way == "sgd":
             sums = score_with_sgd_ttt(model, stream, byte_tables, length, stride, ttt, batch_windows, device)
         else:
-            sums = score_with_lora_ttt(model, stream, byte_tables, ttt, device)
-        rows[way] = dict(val_loss=sums.val_loss, val_bpb=sums.val_bpb, seconds=time.perf_counter() - started)
-    return rows
+            sums = score_with_lora_ttt(model, stream, byte_tables, by_document, device)
+        yield way, dict(val_loss=sums.val_loss, val_bpb=sums.val_bpb, seconds=time.perf_counter() - started)

@@ -48,7 +48,7 @@ def test_a_step_and_a_score_on_the_device(data, kind, device):
     ttt = TTTSettings(ttt_chunk_tokens=64, ttt_batch_seqs=2, ttt_chunk_size=16, ttt_eval_seq_len=32, ttt_epochs=1)
     scoring = {"length": 32, "stride": 8, "ttt": vars(ttt)}
     ways = ("blocks", "banded", "sliding", "sgd", "lora")
-    rows = score_ladder(run.model, call, scoring, run.val_tokens, tables, 4, device, ways)
+    rows = dict(score_ladder(run.model, call, scoring, run.val_tokens, tables, 4, device, ways))
     assert all(0 < row["val_bpb"] < 10 for row in rows.values()) and list(rows) == list(ways)
 
 

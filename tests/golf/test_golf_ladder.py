@@ -19,7 +19,7 @@ def test_every_way_scores_by_its_name(make):
     model, stream, tables, call = make(), documents_stream(), byte_tables(), partial(make(), reduction="none")
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     scoring = dict(length=16, stride=4, ttt=asdict(TTTSettings(**SMALL)))
-    rows = score_ladder(model, model, scoring, stream, tables, 3, None, list(LADDER_LABELS))
+    rows = dict(score_ladder(model, model, scoring, stream, tables, 3, None, list(LADDER_LABELS)))
     assert list(rows) == list(LADDER_LABELS) and len({row["val_bpb"] for row in rows.values()}) == len(rows)
     for way, sums in (
         ("blocks", score_stream(call, stream, tables, 16)),
@@ -29,3 +29,19 @@ def test_every_way_scores_by_its_name(make):
         assert rows[way]["val_bpb"] == pytest.approx(sums.val_bpb, rel=1e-6)
         assert rows[way]["val_loss"] == pytest.approx(sums.val_loss, rel=1e-6)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_no_more_documents_at_once_than_windows(monkeypatch):
+    """A GPU that scores 3 windows at a time would be asked to train on 64 documents."""
+    seen = []
+
+    def recorded(model, stream, tables, settings, device):
+        seen.append(settings.ttt_batch_size)
+        return score_stream(partial(model, reduction="none"), stream, tables, 16)
+
+    monkeypatch.setattr("golf.golf_ladder.score_with_lora_ttt", recorded)
+    for windows, documents in ((3, 1), (12, 6), (900, 64)):
+        ttt = TTTSettings(**SMALL | dict(ttt_eval_seq_len=32, ttt_batch_size=64))
+        scoring = dict(length=16, stride=4, ttt=asdict(ttt))
+        list(score_ladder(golf_model(), golf_model(), scoring, documents_stream(), byte_tables(), windows, None, ["lora"]))
+        assert seen.pop() == documents
