@@ -43,5 +43,6 @@ def test_no_more_documents_at_once_than_windows(monkeypatch):
     for windows, documents in ((3, 1), (12, 6), (900, 64)):
         ttt = TTTSettings(**SMALL | dict(ttt_eval_seq_len=32, ttt_batch_size=64))
         scoring = dict(length=16, stride=4, ttt=asdict(ttt))
-        list(score_ladder(golf_model(), golf_model(), scoring, documents_stream(), byte_tables(), windows, None, ["lora"]))
+        stream, model = documents_stream(), golf_model()
+        list(score_ladder(model, model, scoring, stream, byte_tables(), windows, None, ["lora"]))
         assert seen.pop() == documents
