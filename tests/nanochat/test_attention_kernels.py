@@ -1,5 +1,3 @@
-import re
-
 import pytest
 import torch
 import torch.nn as nn
@@ -7,7 +5,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend
 
 from attention_reference import random_qkv, reference_attention
-from nanochat.attention import band_mask, flash_attn
+from nanochat.attention import band_mask, flash_attn, sdpa_attention, sdpa_with_kvcache
 from nanochat.attention_kernels import (
     fa4_backend,
     flex_backend,
@@ -124,12 +122,12 @@ def test_what_a_kernel_is_asked_for_is_what_the_row_has_seen(backend, T_new, pos
 class Layer(nn.Module):
     """Attention inside a function that is compiled, as the model's blocks are."""
 
-    def __init__(self, train):
+    def __init__(self, train, head_dim=8):
         super().__init__()
-        self.train_attention, self.projection = train, nn.Linear(32, 32)
+        self.train_attention, self.projection = train, nn.Linear(32, 4 * head_dim)
 
     def forward(self, x, window_size):
-        q = self.projection(x).view(*x.shape[:2], 4, 8)
+        q = self.projection(x).unflatten(-1, (4, -1))
         return self.train_attention(q, q[:, :, :2], q[:, :, 2:], window_size).flatten(2)
 
 
@@ -189,6 +187,18 @@ def test_a_compiled_block_trains_through_the_kernel(backend):
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
 
 
+def test_cudnn_leaves_single_evaluations_to_the_kernel_that_makes_no_plans(monkeypatch):
+    """A plan for each length of text in an exam; or an error for a text of one token, which cuDNN does not take."""
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    train = load_cudnn_sdpa(CUDA, torch.bfloat16).train
+    for T in (1, 50):
+        q, k, v = random_qkv(0, 1, T, T, 2, 1, 8)
+        with torch.no_grad():
+            assert torch.equal(train(q, k, v, (-1, 0)), sdpa_attention(q, k, v, (-1, 0)))
+        with pytest.raises(RuntimeError, match="(?i)no viable backend"):  # a CPU has no cuDNN
+            train(q.requires_grad_(), k, v, (-1, 0))
+
+
 @pytest.mark.parametrize("load", [load_varlen, load_flex, load_cudnn_sdpa, load_fa4])
 def test_a_kernel_that_cannot_run_here_says_so_in_one_short_line(load):
     """A traceback, or a kernel that is chosen and fails in the first step."""
@@ -212,8 +222,25 @@ def test_a_varlen_kernel_without_windows_is_refused_by_name(monkeypatch):
         raise AssertionError("not to be called")
 
     monkeypatch.setattr(varlen, "varlen_attn", older)
-    with pytest.raises(RuntimeError, match=re.escape("has no enable_gqa, seqused_k, window_size")):
+    with pytest.raises(RuntimeError, match="has no windows"):
         load_varlen(CUDA, torch.bfloat16)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("left", [-1, 64])
+def test_a_varlen_kernel_with_windows_only_trains(monkeypatch, shape, left):
+    """PyTorch 2.11's function, refused although it does all that training needs, or asked for what it does not know."""
+    from torch.nn.attention import varlen
+
+    def older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        return plain_varlen_attn(
+            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=window_size, enable_gqa=True
+        )
+
+    monkeypatch.setattr(varlen, "varlen_attn", older)
+    backend = load_varlen(CUDA, torch.bfloat16)
+    check_training(backend.train, CPU, torch.float32, 1e-4, shape, left)
+    assert backend.cached is sdpa_with_kvcache
 
 
 @pytest.mark.parametrize("left", [-1, 0, 7, 60])
@@ -272,7 +299,7 @@ def test_on_a_gpu_a_compiled_block_trains_through_the_kernel(load, left):
     """A kernel that is right alone and wrong, or not there, once the block around it is compiled."""
     x = random_qkv(0, 2, 40, 1, 1, 1, 32)[0][:, :, 0].to(CUDA, torch.bfloat16)
     torch._dynamo.reset()
-    layer = Layer(load_or_skip(load).train).to(CUDA, torch.bfloat16)
+    layer = Layer(load_or_skip(load).train, head_dim=64).to(CUDA, torch.bfloat16)  # FlexAttention wants 16 at least
     compiled = torch.compile(Layer.forward, dynamic=False)
     expected = Layer(lambda q, k, v, window: reference_attention(q, k, v, window[0]).to(q.dtype))
     expected.projection = layer.projection
