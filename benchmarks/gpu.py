@@ -402,7 +402,7 @@ def run_tests(timeout: float) -> tuple[bool, str]:
     heading = "\nTests that need a GPU: "
     if importlib.util.find_spec("pytest") is None:
         return True, f"{heading}not run, pytest is not installed.\n"
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rsfE", "--tb=short", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-vv", "-rsfE", "--tb=short", "-p", "no:cacheprovider"]
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         status, lines = run_within(command, timeout, output)
     summary = f"stopped after {timeout:.0f} s" if status is None else lines[-1] if lines else f"exit status {status}"
