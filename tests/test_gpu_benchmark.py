@@ -80,6 +80,36 @@ def test_the_table_shows_numbers_reasons_and_what_was_left_out(gpu):
     assert lines[-1] == "Left out, because the time was spent: d26."
 
 
+def test_no_kernel_is_measured_twice_and_one_failure_costs_one_row(gpu, monkeypatch, tmp_path, capsys):
+    """Minutes spent on the kernel that auto has chosen already; a table that is lost with the last row."""
+    order = ("fa3", "varlen", "sdpa")
+    monkeypatch.setattr(gpu, "attention_order", lambda machine: order)
+    monkeypatch.setattr(gpu, "hub_answers", lambda: True)
+    monkeypatch.setattr(gpu, "run_tests", lambda seconds: (True, "\nTests: 3 passed.\n"))
+    ran = []
+
+    def run_case(case, timeout, log):
+        ran.append(case["name"])
+        assert timeout <= 0.4 * 60 * 9
+        if case["kind"] != "train" or case["attention"] == "sdpa":
+            return {"error": "crashed"}
+        return {"kernel": "k", "first step s": 1.0, "step ms": 1.0, "tokens/s": 1.0, "MFU": None, "peak GiB": None,
+                "device batch": 16, "candidate": "fa3"}  # fmt: skip
+
+    monkeypatch.setattr(gpu, "run_case", run_case)
+    for name in ("NANOCHAT_BASE_DIR", "TORCHINDUCTOR_CACHE_DIR", "KERNELS_CACHE", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    output = tmp_path / "out" / "gpu.md"
+    given = SimpleNamespace(minutes=9.0, tiny=True, data="", output=str(output), only="", tests=True)
+    assert gpu.measure_all(given)
+    assert ran[0] == "attention" and "d12, varlen" in ran and "d12, sdpa" in ran and "d12, fa3" not in ran
+    text = output.read_text()
+    assert "| d12, sdpa | crashed |" in text and text.endswith("\nTests: 3 passed.\n")
+    given.minutes = 0.1
+    assert not gpu.measure_all(given), "no time, no number"
+    assert "Left out, because the time was spent: attention, d12, kernels not compiled yet, " in output.read_text()
+
+
 def test_kernels_are_counted_once(gpu, monkeypatch):
     """Shares of a step in which compiled regions stand beside the kernels that they are made of."""
     cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
