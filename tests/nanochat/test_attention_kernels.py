@@ -266,9 +266,16 @@ def test_the_kernel_that_runs_everywhere_is_the_one_before_any_choice():
     assert load_sdpa(CPU, torch.float32) == flash_attn.selected
 
 
+def half_precision():
+    """bf16, or fp16 on GPUs that emulate it."""
+    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+
+
 def load_or_skip(load):
+    if load is not load_sdpa and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("made for newer GPUs")
     try:
-        return load(CUDA, torch.bfloat16)
+        return load(CUDA, half_precision())
     except Exception as error:
         pytest.skip(f"{load.__name__}: {error}")
 
@@ -280,7 +287,7 @@ def load_or_skip(load):
 def test_on_a_gpu_training_agrees_with_the_reference(load, shape, left):
     """A kernel whose window, key heads or gradients differ from the definition on this GPU."""
     torch._dynamo.reset()  # every case is a graph of its own, and there is a limit to them
-    check_training(load_or_skip(load).train, CUDA, torch.bfloat16, 2e-2, shape, left)
+    check_training(load_or_skip(load).train, CUDA, half_precision(), 2e-2, shape, left)
 
 
 @pytest.mark.gpu
@@ -289,7 +296,7 @@ def test_on_a_gpu_training_agrees_with_the_reference(load, shape, left):
 @pytest.mark.parametrize("left", [-1, 0, 64])
 def test_on_a_gpu_cached_calls_agree_with_the_reference(load, T_new, positions, new_keys, left):
     """A text that goes on from keys which its row has not seen, on this GPU."""
-    check_cached_calls(load_or_skip(load).cached, CUDA, torch.bfloat16, 2e-2, T_new, positions, left, new_keys)
+    check_cached_calls(load_or_skip(load).cached, CUDA, half_precision(), 2e-2, T_new, positions, left, new_keys)
 
 
 @pytest.mark.gpu
@@ -297,9 +304,9 @@ def test_on_a_gpu_cached_calls_agree_with_the_reference(load, T_new, positions, 
 @pytest.mark.parametrize("left", [-1, 9])
 def test_on_a_gpu_a_compiled_block_trains_through_the_kernel(load, left):
     """A kernel that is right alone and wrong, or not there, once the block around it is compiled."""
-    x = random_qkv(0, 2, 40, 1, 1, 1, 32)[0][:, :, 0].to(CUDA, torch.bfloat16)
+    x = random_qkv(0, 2, 40, 1, 1, 1, 32)[0][:, :, 0].to(CUDA, half_precision())
     torch._dynamo.reset()
-    layer = Layer(load_or_skip(load).train, head_dim=64).to(CUDA, torch.bfloat16)  # FlexAttention wants 16 at least
+    layer = Layer(load_or_skip(load).train, head_dim=64).to(CUDA, half_precision())  # FlexAttention wants 16 at least
     compiled = torch.compile(Layer.forward, dynamic=False)
     expected = Layer(lambda q, k, v, window: reference_attention(q, k, v, window[0]).to(q.dtype))
     expected.projection = layer.projection
@@ -315,7 +322,7 @@ def test_on_a_gpu_a_step_with_a_cache_never_waits_for_it():
     """A layer that asks the GPU for a number: it then stands still until the GPU has done everything before."""
     for load in (load_sdpa, load_varlen):
         cached = load_or_skip(load).cached
-        q, k, v = (x.to(CUDA, torch.bfloat16) for x in random_qkv(0, 2, 1, 64, 4, 2, 64))
+        q, k, v = (x.to(CUDA, half_precision()) for x in random_qkv(0, 2, 1, 64, 4, 2, 64))
         positions = torch.tensor([3, 9], dtype=torch.int32, device=CUDA)
         torch.cuda.set_sync_debug_mode("error")
         try:
