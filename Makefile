@@ -36,8 +36,7 @@ notebooks: $(VENV)/run.stamp  ## nb_src -> notebooks
 	$(BIN)/python tools/nb_convert.py build
 
 gpu: $(VENV)/test.stamp  ## the tests that need CUDA, then a table of what this GPU does
-	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python benchmarks/gpu.py -o $(OUT)/gpu.md
+	$(BIN)/python benchmarks/gpu.py --tests -o $(OUT)/gpu.md
 
 $(VENV)/run.stamp: requirements.txt
 	$(PYTHON) -m venv $(VENV)

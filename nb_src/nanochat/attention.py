@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # %% [markdown]
 # ### `band_mask`
@@ -78,6 +79,25 @@ def builtin_blocked_attention(q, k, v, left: int):  # (B, H, T, D) each
 
 
 # %% [markdown]
+# ### `fused_attention`
+# PyTorch's function has several kernels behind it. On an H100 and a B200 its first choice is cuDNN, which makes a plan
+# for each shape that it has not seen: tens of milliseconds. A training batch always has the same shape. A text that is
+# being written is one key longer with every token, so there cuDNN is left out.
+
+# %%
+WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def fused_attention(q, k, v, mask=None, causal: bool = False):  # q (B, H, T, D), k and v (B, H_kv, T_k, D)
+    """PyTorch's attention, (B, H, T, D), by a kernel that suits the kind of call."""
+    gqa = q.size(1) != k.size(1)
+    if not q.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa)
+    with sdpa_kernel(WITHOUT_PLANS):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa)
+
+
+# %% [markdown]
 # ### `banded_sdpa`
 # The GPU's way for windows. Cut the sequence into blocks as long as the window: each block then needs only itself and
 # the one before, so memory and time grow with T·left instead of T².
@@ -100,9 +120,7 @@ def banded_sdpa(q, k, v, left: int):  # q (B, H, T, D), k and v (B, H_kv, T, D)
     distance = q_positions - k_positions
     mask = (distance >= 0) & (distance <= left) & (k_positions >= 0)  # (blocks, left, 2 left)
     mask = mask.repeat(B, 1, 1)[:, None]
-    y = F.scaled_dot_product_attention(
-        cut(q, False), cut(k, True), cut(v, True), attn_mask=mask, enable_gqa=H != k.size(1)
-    )
+    y = fused_attention(cut(q, False), cut(k, True), cut(v, True), mask)
     return y.view(B, blocks, H, left, D).transpose(1, 2).reshape(B, H, blocks * left, D)[:, :, :T]
 
 
@@ -116,11 +134,11 @@ def banded_sdpa(q, k, v, left: int):  # q (B, H, T, D), k and v (B, H_kv, T, D)
 # %%
 def sdpa_attention(q, k, v, window_size: tuple[int, int]):  # q (B, T, H, D), k and v (B, T, H_kv, D)
     """Causal attention of a sequence with itself, (B, T, H, D)."""
-    T, gqa = q.size(1), q.size(2) != k.size(2)
+    T = q.size(1)
     left = limiting_left(window_size[0], T)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if q.device.type == "cpu":
-        if gqa:
+        if q.size(1) != k.size(1):
             k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
         # In evaluation, at 680 and 1,000 tokens: 61 to 82 % of the time; at 512 and fewer as long, or longer in bf16.
         long = T > 2 * CPU_QUERY_BLOCK and not torch.is_grad_enabled()
@@ -129,7 +147,7 @@ def sdpa_attention(q, k, v, window_size: tuple[int, int]):  # q (B, T, H, D), k 
         y = banded_sdpa(q, k, v, left)
     else:  # everything, or (left == 0) only the token itself
         mask = torch.eye(T, dtype=torch.bool, device=q.device) if left == 0 else None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+        y = fused_attention(q, k, v, mask, causal=mask is None)
     return y.transpose(1, 2)
 
 
@@ -165,8 +183,7 @@ def sdpa_with_kvcache(q, k_cache, v_cache, k, v, positions, window_size: tuple[i
         mask = band_mask(q_positions, torch.arange(first, end, device=q.device), left)[:, None]
     dtype = q.dtype
     q, keys, values = (x.transpose(1, 2) for x in (q.to(keys.dtype), keys, values))
-    y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=q.size(1) != keys.size(1))
-    return y.transpose(1, 2).to(dtype)
+    return fused_attention(q, keys, values, mask).transpose(1, 2).to(dtype)
 
 
 # %% [markdown]

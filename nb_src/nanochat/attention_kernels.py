@@ -38,31 +38,36 @@ def require_half_precision_on_cuda(device: torch.device, dtype: torch.dtype) -> 
 
 # %% [markdown]
 # ### `load_varlen`
-# FlashAttention-2 as PyTorch carries it: windows, shared key heads, and cached rows that each have a length of their
-# own. It was made for texts of different lengths laid end to end, so a batch is laid end to end for it.
+# FlashAttention-2 as PyTorch carries it: windows, shared key heads, and (from 2.12 on) cached rows that each have a
+# length of their own. It was made for texts of different lengths laid end to end, so a batch is laid end to end for it.
 
 
 # %% tags=["folded"]
 def load_varlen(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
-    """`torch.nn.attention.varlen`, from PyTorch 2.12 on. Its calls with a cache have no gradient: use `no_grad`."""
+    """`torch.nn.attention.varlen` with windows. Its calls with a cache have no gradient: use `no_grad`."""
     require_half_precision_on_cuda(device, dtype)
     from torch.nn.attention.varlen import varlen_attn
 
-    missing = {"window_size", "enable_gqa", "seqused_k"} - set(inspect.signature(varlen_attn).parameters)
-    if missing:
-        raise RuntimeError(f"varlen_attn of torch {torch.__version__} has no {', '.join(sorted(missing))}")
+    if "window_size" not in inspect.signature(varlen_attn).parameters:
+        raise RuntimeError(f"varlen_attn of torch {torch.__version__} has no windows")
     return varlen_backend(varlen_attn)
 
 
 def varlen_backend(varlen_attn: Callable) -> AttentionBackend:
+    names = inspect.signature(varlen_attn).parameters
+    asks_for_gqa, takes_lengths = "enable_gqa" in names, "seqused_k" in names
+
     def attend(q, k, v, left, used=None):  # q (B, T, H, D); k, v (B, T_k, H_kv, D); used (B,) int32: keys that count
         (B, T, H, _), T_k = q.shape, k.size(1)
         starts, k_starts = (
             torch.arange(0, (B + 1) * length, length, dtype=torch.int32, device=q.device) for length in (T, T_k)
         )
+        more = {} if used is None else {"seqused_k": used}
+        if asks_for_gqa:  # PyTorch 2.11 takes shared key heads without
+            more["enable_gqa"] = H != k.size(2)
         y = varlen_attn(
             *(x.reshape(-1, *x.shape[2:]) for x in (q, k, v)), starts, k_starts, T, T_k,
-            window_size=(limiting_left(left, T_k), 0), enable_gqa=H != k.size(2), seqused_k=used,
+            window_size=(limiting_left(left, T_k), 0), **more,
         )  # fmt: skip
         return y.view(q.shape)
 
@@ -74,7 +79,7 @@ def varlen_backend(varlen_attn: Callable) -> AttentionBackend:
             write_to_cache(k_cache, v_cache, k, v, positions)
         return attend(q, k_cache, v_cache, window_size[0], (positions + q.size(1)).int())
 
-    return AttentionBackend("varlen", train, cached)
+    return AttentionBackend("varlen", train, cached if takes_lengths else sdpa_with_kvcache)
 
 
 # %% [markdown]
@@ -122,7 +127,8 @@ def flex_backend() -> AttentionBackend:
 
 # %% [markdown]
 # ### `load_cudnn_sdpa`
-# cuDNN knows no windows; FlexAttention does those.
+# cuDNN knows no windows; FlexAttention does those. It makes a plan for each shape that it has not seen, so it is for
+# training batches, too.
 
 
 # %% tags=["folded"]
@@ -135,6 +141,8 @@ def load_cudnn_sdpa(device: torch.device, dtype: torch.dtype) -> AttentionBacken
     full, windowed = full_attention_by(SDPBackend.CUDNN_ATTENTION), load_flex(device, dtype).train
 
     def train(q, k, v, window_size):
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            return sdpa_attention(q, k, v, window_size)
         attention = full if limiting_left(window_size[0], q.size(1)) < 0 else windowed
         return attention(q, k, v, window_size)
 

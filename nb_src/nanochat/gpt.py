@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch._functorch.config as functorch_config
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
@@ -401,6 +402,9 @@ class GPT(nn.Module):
         # Of one function torch keeps eight compiled forms at most and then runs it as it is; one shape has up to eight:
         # with or without value embedding, short or long window, training or evaluation.
         torch.compiler.reset()
+        # Otherwise what has derivatives of its own (norms, fp8) is traced anew at every start, cache or not.
+        if hasattr(functorch_config, "autograd_cache_allow_custom_autograd_functions"):
+            functorch_config.autograd_cache_allow_custom_autograd_functions = True
         self.compiled_shape = (batch_size, length)
         for function in (Block.forward, chunk_losses, chunk_losses_and_gradient):
             self.compiled[function] = torch.compile(function, dynamic=False)

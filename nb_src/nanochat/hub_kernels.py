@@ -54,18 +54,27 @@ def fetch_hub_kernel(repository: str) -> Path:
     """
     os.environ.setdefault("KERNELS_CACHE", os.path.join(get_base_dir(), "kernels"))  # is read by the import
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import disable_progress_bars
     from kernels import install_kernel
 
     disable_progress_bars()
-    revision = HUB_KERNELS[repository]
+    revision, kept = HUB_KERNELS[repository], None
     try:
         folder = install_kernel(repository, revision=revision, local_files_only=True, trust_remote_code=[repository])
         if check_digests(folder):
             return folder
+        kept = folder  # whether all of it is there, only the hub knows
     except Exception:  # nothing there, or a download that was interrupted: the hub's answer is the one to report
         pass
-    HfApi().kernel_info(repository, revision=revision, timeout=HUB_PATIENCE_SECONDS)
+    try:
+        HfApi().kernel_info(repository, revision=revision, timeout=HUB_PATIENCE_SECONDS)
+    except HfHubHTTPError:  # it answered: no
+        raise
+    except Exception:
+        if kept is None:
+            raise
+        return kept
     print0(f"Downloading {repository}")
     folder = install_kernel(repository, revision=revision)  # asks, too, whether the hub still trusts the publisher
     check_digests(folder)

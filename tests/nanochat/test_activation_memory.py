@@ -2,7 +2,9 @@ from functools import partial
 
 import pytest
 import torch
+import torch._functorch.config as functorch_config
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
 
 import nanochat.gpt as gpt_chapter
 from nanochat.gpt import GPT, GPTConfig, RMSNorm, SquaredReLU, norm, squared_relu
@@ -114,6 +116,30 @@ def test_a_compiled_model_with_derivatives_from_the_result_learns_the_same_and_k
         assert (one - other).norm() <= 1e-5 * other.norm() + 1e-7, name
     layer = 2 * 64 * 64 * 4
     assert saved_bytes(model, idx) <= usual_bytes - 2 * 4.5 * layer, "five numbers of each layer, give or take"
+
+
+@functorch_config.patch(autograd_cache_allow_custom_autograd_functions=False)
+def test_a_second_start_traces_nothing_again(tmp_path, monkeypatch):
+    """Half of the compilation repeated at every start: torch caches no derivatives of one's own unless it is told to;
+    or, told to, takes an older derivative for the one that is written here now."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model_and_batch()[0].compile(2, 64)
+
+    def gradient_and_counts():
+        torch._dynamo.reset()
+        counters.clear()
+        x = torch.linspace(-1, 2, 64).requires_grad_()
+        (gradient,) = torch.autograd.grad(torch.compile(SquaredReLU.apply, dynamic=False)(x).sum(), x)
+        return gradient, dict(counters["aot_autograd"])
+
+    first, counts = gradient_and_counts()
+    assert counts.get("autograd_cache_saved") == 1 and "autograd_cache_bypass" not in counts
+    again, counts = gradient_and_counts()
+    assert torch.equal(first, again) and counts.get("autograd_cache_hit") == 1
+    monkeypatch.setattr(SquaredReLU, "backward", staticmethod(lambda ctx, dy: 3 * dy * ctx.saved_tensors[0].sqrt()))
+    other, counts = gradient_and_counts()
+    torch.testing.assert_close(other, first * 1.5)
+    assert "autograd_cache_hit" not in counts
 
 
 @torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True)

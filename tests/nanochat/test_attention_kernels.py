@@ -1,5 +1,3 @@
-import re
-
 import pytest
 import torch
 import torch.nn as nn
@@ -7,7 +5,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend
 
 from attention_reference import random_qkv, reference_attention
-from nanochat.attention import band_mask, flash_attn
+from nanochat.attention import band_mask, flash_attn, sdpa_attention, sdpa_with_kvcache
 from nanochat.attention_kernels import (
     fa4_backend,
     flex_backend,
@@ -124,12 +122,12 @@ def test_what_a_kernel_is_asked_for_is_what_the_row_has_seen(backend, T_new, pos
 class Layer(nn.Module):
     """Attention inside a function that is compiled, as the model's blocks are."""
 
-    def __init__(self, train):
+    def __init__(self, train, head_dim=8):
         super().__init__()
-        self.train_attention, self.projection = train, nn.Linear(32, 32)
+        self.train_attention, self.projection = train, nn.Linear(32, 4 * head_dim)
 
     def forward(self, x, window_size):
-        q = self.projection(x).view(*x.shape[:2], 4, 8)
+        q = self.projection(x).unflatten(-1, (4, -1))
         return self.train_attention(q, q[:, :, :2], q[:, :, 2:], window_size).flatten(2)
 
 
@@ -189,6 +187,18 @@ def test_a_compiled_block_trains_through_the_kernel(backend):
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
 
 
+def test_cudnn_leaves_single_evaluations_to_the_kernel_that_makes_no_plans(monkeypatch):
+    """A plan for each length of text in an exam; or an error for a text of one token, which cuDNN does not take."""
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    train = load_cudnn_sdpa(CUDA, torch.bfloat16).train
+    for T in (1, 50):
+        q, k, v = random_qkv(0, 1, T, T, 2, 1, 8)
+        with torch.no_grad():
+            assert torch.equal(train(q, k, v, (-1, 0)), sdpa_attention(q, k, v, (-1, 0)))
+        with pytest.raises(RuntimeError, match="(?i)no viable backend"):  # a CPU has no cuDNN
+            train(q.requires_grad_(), k, v, (-1, 0))
+
+
 @pytest.mark.parametrize("load", [load_varlen, load_flex, load_cudnn_sdpa, load_fa4])
 def test_a_kernel_that_cannot_run_here_says_so_in_one_short_line(load):
     """A traceback, or a kernel that is chosen and fails in the first step."""
@@ -212,8 +222,25 @@ def test_a_varlen_kernel_without_windows_is_refused_by_name(monkeypatch):
         raise AssertionError("not to be called")
 
     monkeypatch.setattr(varlen, "varlen_attn", older)
-    with pytest.raises(RuntimeError, match=re.escape("has no enable_gqa, seqused_k, window_size")):
+    with pytest.raises(RuntimeError, match="has no windows"):
         load_varlen(CUDA, torch.bfloat16)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("left", [-1, 64])
+def test_a_varlen_kernel_with_windows_only_trains(monkeypatch, shape, left):
+    """PyTorch 2.11's function, refused although it does all that training needs, or asked for what it does not know."""
+    from torch.nn.attention import varlen
+
+    def older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        return plain_varlen_attn(
+            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=window_size, enable_gqa=True
+        )
+
+    monkeypatch.setattr(varlen, "varlen_attn", older)
+    backend = load_varlen(CUDA, torch.bfloat16)
+    check_training(backend.train, CPU, torch.float32, 1e-4, shape, left)
+    assert backend.cached is sdpa_with_kvcache
 
 
 @pytest.mark.parametrize("left", [-1, 0, 7, 60])
@@ -239,9 +266,16 @@ def test_the_kernel_that_runs_everywhere_is_the_one_before_any_choice():
     assert load_sdpa(CPU, torch.float32) == flash_attn.selected
 
 
+def half_precision():
+    """bf16, or fp16 on GPUs that emulate it."""
+    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+
+
 def load_or_skip(load):
+    if load is not load_sdpa and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("made for newer GPUs")
     try:
-        return load(CUDA, torch.bfloat16)
+        return load(CUDA, half_precision())
     except Exception as error:
         pytest.skip(f"{load.__name__}: {error}")
 
@@ -253,7 +287,7 @@ def load_or_skip(load):
 def test_on_a_gpu_training_agrees_with_the_reference(load, shape, left):
     """A kernel whose window, key heads or gradients differ from the definition on this GPU."""
     torch._dynamo.reset()  # every case is a graph of its own, and there is a limit to them
-    check_training(load_or_skip(load).train, CUDA, torch.bfloat16, 2e-2, shape, left)
+    check_training(load_or_skip(load).train, CUDA, half_precision(), 2e-2, shape, left)
 
 
 @pytest.mark.gpu
@@ -262,7 +296,7 @@ def test_on_a_gpu_training_agrees_with_the_reference(load, shape, left):
 @pytest.mark.parametrize("left", [-1, 0, 64])
 def test_on_a_gpu_cached_calls_agree_with_the_reference(load, T_new, positions, new_keys, left):
     """A text that goes on from keys which its row has not seen, on this GPU."""
-    check_cached_calls(load_or_skip(load).cached, CUDA, torch.bfloat16, 2e-2, T_new, positions, left, new_keys)
+    check_cached_calls(load_or_skip(load).cached, CUDA, half_precision(), 2e-2, T_new, positions, left, new_keys)
 
 
 @pytest.mark.gpu
@@ -270,9 +304,9 @@ def test_on_a_gpu_cached_calls_agree_with_the_reference(load, T_new, positions, 
 @pytest.mark.parametrize("left", [-1, 9])
 def test_on_a_gpu_a_compiled_block_trains_through_the_kernel(load, left):
     """A kernel that is right alone and wrong, or not there, once the block around it is compiled."""
-    x = random_qkv(0, 2, 40, 1, 1, 1, 32)[0][:, :, 0].to(CUDA, torch.bfloat16)
+    x = random_qkv(0, 2, 40, 1, 1, 1, 32)[0][:, :, 0].to(CUDA, half_precision())
     torch._dynamo.reset()
-    layer = Layer(load_or_skip(load).train).to(CUDA, torch.bfloat16)
+    layer = Layer(load_or_skip(load).train, head_dim=64).to(CUDA, half_precision())  # FlexAttention wants 16 at least
     compiled = torch.compile(Layer.forward, dynamic=False)
     expected = Layer(lambda q, k, v, window: reference_attention(q, k, v, window[0]).to(q.dtype))
     expected.projection = layer.projection
@@ -288,7 +322,7 @@ def test_on_a_gpu_a_step_with_a_cache_never_waits_for_it():
     """A layer that asks the GPU for a number: it then stands still until the GPU has done everything before."""
     for load in (load_sdpa, load_varlen):
         cached = load_or_skip(load).cached
-        q, k, v = (x.to(CUDA, torch.bfloat16) for x in random_qkv(0, 2, 1, 64, 4, 2, 64))
+        q, k, v = (x.to(CUDA, half_precision()) for x in random_qkv(0, 2, 1, 64, 4, 2, 64))
         positions = torch.tensor([3, 9], dtype=torch.int32, device=CUDA)
         torch.cuda.set_sync_debug_mode("error")
         try:

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -39,6 +40,11 @@ def library(tmp_path_factory):
 def test_training_scoring_and_generation_on_the_gpu_do_what_they_do_on_the_cpu(library):
     """A CPU tensor among CUDA tensors, a branch for GPUs with other numbers, a wait for the device in every layer."""
     run_pretending(library, "test_fake_cuda", "check_values")
+
+
+def test_texts_that_grow_are_read_without_plans(library):
+    """cuDNN, which an H100 prefers and which spends 30 ms on each length that it has not seen: on every new token."""
+    run_pretending(library, "test_fake_cuda", "check_kernels_of_growing_texts")
 
 
 def test_what_is_compiled_on_a_gpu_stays_below_the_limit_of_forms(library):
@@ -113,6 +119,28 @@ def check_values():
             prove_cached(flash_attn.selected, CUDA, dtype)
         with pytest.raises(RuntimeError, match="on cuda and on cpu"):
             torch.ones(2, device="cuda") + torch.ones(2)
+
+
+def check_kernels_of_growing_texts():
+    from pretended_cuda import PretendedCuda
+
+    attend, allowed = F.scaled_dot_product_attention, []
+
+    def watched(*inputs, **options):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*inputs, **options)
+
+    F.scaled_dot_product_attention = watched
+    with PretendedCuda():
+        model = model_on("cuda", SMALL, torch.bfloat16)
+        tokens = torch.zeros(2, 64, dtype=torch.long, device="cuda")
+        model(tokens, tokens).backward()
+        assert allowed and all(allowed), "a training batch has one shape, and may be planned for"
+        allowed.clear()
+        list(Engine(model, AnyTokenizer()).generate_many([[1, 2, 3], [4] * 50], 8))
+        with torch.no_grad():
+            model(tokens[:, :20])
+        assert len(allowed) > 8 * SMALL.n_layer and not any(allowed)
 
 
 def forms(function) -> int:

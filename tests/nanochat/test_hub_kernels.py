@@ -187,6 +187,16 @@ def test_a_kernel_is_downloaded_once_and_a_revoked_one_passed_over(tmp_path):
     assert sentence.startswith("fa2, FlashAttention-2 from") and "passed over: fa3 (ConnectError: " in sentence
 
 
+def test_a_build_without_digests_is_kept_when_the_hub_is_gone_and_not_when_it_was_revoked(choose, tmp_path):
+    """A machine cut off from the hub that loses its kernel because nobody wrote digests into the build."""
+    with KernelHub() as hub:
+        hub.kernels[FA3] = files_of(write_kernel(tmp_path / "fa3"))
+        assert choose(hub.address).startswith("fa3, ")
+    assert choose(hub.address).startswith("fa3, ")  # nobody listens there any more
+    with KernelHub() as hub:
+        assert "passed over: fa3 (RevisionNotFoundError: 404" in choose(hub.address)
+
+
 def test_a_download_that_was_interrupted_is_completed(choose, tmp_path):
     """Half a kernel in the cache that fails at every start from then on."""
     with KernelHub() as hub:
