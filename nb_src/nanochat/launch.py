@@ -119,6 +119,7 @@ FAILURE_PATIENCE = 10.0  # seconds for the others to end by themselves when one 
 # A UserError as a process prints it; PyTorch puts the rank before what is printed at the end.
 COMPLAINT = re.compile(r"^(?:\[rank\d+\]: )?✗ (.*)", re.MULTILINE)
 FOLLOWED = "lost another process"  # what the others say
+BEGINS = "─── the training begins ───"
 
 
 def rank_environment(rank: int, processes: int, port: int) -> dict[str, str]:
@@ -139,6 +140,7 @@ class Ranks:
         self.logs = [script.with_name(f"{script.stem}-{rank}.log") for rank in range(processes)]
         self.processes, self.pipe, self.stopping, self.killed = [], None, False, False
         self.first_failure, self.first_ended_at = None, None
+        self.lines_shown = 0
 
     def start(self) -> None:
         """Start all of them."""
@@ -193,6 +195,12 @@ class Ranks:
     def printed_by(self, rank: int) -> str:
         return self.logs[rank].read_text(encoding="utf-8", errors="replace")
 
+    def words_before_the_first_step(self) -> list[str]:
+        """What rank 0 has said of the training since the last call: a smaller batch, no compiler..."""
+        lines = self.printed_by(0).partition(f"{BEGINS}\n")[2].split("\n")[:-1]
+        self.lines_shown, new = len(lines), lines[self.lines_shown :]
+        return [line for line in new if not line.lower().startswith("step")]
+
     def failure(self) -> str:
         """What went wrong first, and how to go on; "" when nothing did."""
         if self.first_failure is None:
@@ -238,6 +246,8 @@ def train_on(
             "the one that it shows. Restart the kernel and run all cells."
         )
     if processes == get_dist_info()[3] or is_trained(folder, fingerprint, last_step):
+        if "NANOCHAT_LAUNCHED_FOR" in os.environ:
+            print0(BEGINS)
         yield from training
         return
     script = Path(get_base_dir()) / "launch" / f"{name}.py"
@@ -248,14 +258,19 @@ def train_on(
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     reader, lock = LogReader(TrainLog(folder, kind)), lock_base_dir()
-    print0(f"{name}: starting {processes} processes, which print into {script.with_name(name)}-*.log")
+    print0(f"{name}: starting {processes} processes, which print into {script.with_name(name)}-*.log; the first step")
+    print0("comes after they have loaded everything and compiled the model, which can take minutes")
     lock.release()  # to rank 0
-    ranks = Ranks(script, arguments, processes)
+    ranks, begun = Ranks(script, arguments, processes), False
     try:
         with StopRequest() as stop:
             ranks.start()
             while ranks.are_running():
-                yield from reader.new_records()
+                for line in [] if begun else ranks.words_before_the_first_step():
+                    print0(f"│ {line}")
+                for record in reader.new_records():
+                    begun |= not record.replayed
+                    yield record
                 if stop.requested:
                     ranks.ask_to_stop()
                 time.sleep(0.1)

@@ -151,6 +151,32 @@ if rank == 0:
     assert rank_environment(0, 2, 1)["OMP_NUM_THREADS"] == "3", "as the reader wants it"
 
 
+def test_what_is_said_before_the_first_step_is_shown(folder, train, capsys):
+    """A smaller device batch, or that nothing could be compiled, known to a log file alone."""
+    program = f"""
+if rank == 0:
+    print("a table of the plan")
+    print({launch.BEGINS!r})
+    print("a device batch of 8 does not fit; using 4", flush=True)
+    time.sleep(0.5)
+    say(0, 5.0)
+    time.sleep(0.5)
+    print("Step 00000 | and so on", flush=True)
+    time.sleep(0.3)
+    (folder / "done").touch()
+"""
+    assert [record.step for record in train(program)] == [0]
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert shown == ["│ a device batch of 8 does not fit; using 4"]
+
+
+def test_the_place_from_which_on_words_are_shown(folder, monkeypatch, capsys):
+    """Words that are looked for after a line that nobody prints."""
+    monkeypatch.setenv("NANOCHAT_LAUNCHED_FOR", "pretrain fingerprint")
+    assert list(train_on(1, iter([RECORD]), "pretrain", folder, "fingerprint", {})) == [RECORD]
+    assert capsys.readouterr().out == launch.BEGINS + "\n"
+
+
 def test_one_process_and_a_finished_training_start_nothing(folder, train):
     """Twenty seconds of starting processes each time a finished notebook is run."""
     records = [RECORD, replace(RECORD, step=1)]
