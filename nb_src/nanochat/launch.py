@@ -258,8 +258,8 @@ def train_on(
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     reader, lock = LogReader(TrainLog(folder, kind)), lock_base_dir()
-    print0(f"{name}: starting {processes} processes, which print into {script.with_name(name)}-*.log; the first step")
-    print0("comes after they have loaded everything and compiled the model, which can take minutes")
+    logs = f"{script.with_name(name)}-*.log"
+    print0(f"{name}: starting {processes} processes, which print into {logs}; loading and compiling takes minutes")
     lock.release()  # to rank 0
     ranks, begun = Ranks(script, arguments, processes), False
     try:
