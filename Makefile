@@ -26,7 +26,7 @@ run-golf: $(VENV)/run.stamp  ## both systems of the parameter-golf challenge, sm
 
 test: $(VENV)/test.stamp  ## everything that must hold
 	$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
