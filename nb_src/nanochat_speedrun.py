@@ -193,7 +193,7 @@ needed = (
 ).split()
 needed += ["wandb"] * bool(run) + ["transformers"] * bool(compare_model)
 needed += ["kernels"] * bool(shutil.which("nvidia-smi"))  # fetches FlashAttention
-packages = {"markdown_it": "markdown-it-py", "yaml": "PyYAML"}  # the others are called like their modules
+packages = {"markdown_it": "markdown-it-py", "yaml": "PyYAML", "kernels": "kernels>=0.17,<0.18"}
 missing = [packages.get(name, name) for name in needed if importlib.util.find_spec(name) is None]
 if missing:
     print("Installing", *missing)
