@@ -299,7 +299,7 @@ def test_cells_that_failed_are_left_out(monkeypatch):
 
 def test_a_program_without_a_file_says_so(monkeypatch):
     """A traceback about an attribute of a module, for someone at Python's prompt."""
-    monkeypatch.delattr(sys.modules["__main__"], "__file__")
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
     with pytest.raises(UserError, match="This program has no file"):
         running_program()
 
