@@ -100,11 +100,11 @@ RECURRENT_PRESETS = {
     "cpu": RECURRENT_DEFAULTS | dict(
         data_source="offline", variant="sp1024", vocab_size=1024, torch_compile=0, model_dim=0, num_heads=4,
         num_kv_heads=2, num_unique_layers=2, num_recurrences=3, train_seq_len=256, train_batch_tokens=8192,
-        val_batch_size=65_536, iterations=80, warmup_steps=1, max_wallclock_seconds=0.0, val_loss_every=20,
+        val_batch_size=131_072, iterations=80, warmup_steps=1, max_wallclock_seconds=0.0, val_loss_every=20,
         train_log_every=1, save_every=40, muon_momentum_warmup_steps=40, artifact_limit_bytes=410_000,
         num_layers=4, loop_start=1, loop_end=2, num_loops=1, parallel_residual_start=3, rope_dims=8, ttt_mode="lora",
         keep_float_numel=1024, gptq_calibration_batches=16, sw_seq_len=256, ttt_chunk_tokens=8192, ttt_epochs=1,
-        ttt_chunk_size=128, ttt_eval_seq_len=256, ablation_steps=8,
+        ttt_chunk_size=128, ttt_eval_seq_len=256, ablation_steps=4,
     ),
 }  # fmt: skip
 
